@@ -1,0 +1,3 @@
+from functorch_inverse.custom import custom_inverse as custom_inverse
+from functorch_inverse.errors import *
+from functorch_inverse.linear_solvers import LU as LU

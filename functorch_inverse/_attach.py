@@ -1,0 +1,102 @@
+"""How a derivative is attached to values: the only module that knows how torch does it.
+
+Eager: one autograd.Function, which saves y as its output and does nothing until a derivative is asked
+for. Under Dynamo, which drops the rules of a Function inside a transform, by value-zero Newton steps in
+the open graph.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.overrides import handle_torch_function
+
+from functorch_inverse import _torch
+from functorch_inverse._pullback import Tensors
+from functorch_inverse._rules import ImplicitRule
+from functorch_inverse._vectors import Layout
+
+__all__ = ["attach"]
+
+
+def attach(rule: ImplicitRule, y: Tensors, x: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
+    """The values y with the derivatives of `rule` to x and theta."""
+    if torch.compiler.is_dynamo_compiling():
+        return _attach_by_newton(rule, y, x, theta)
+    tensors = (*y, *x, *theta)
+    # Announced as a torch function, so that a rule inside another rule's f can be followed.
+    if torch._C._is_torch_function_mode_enabled():
+        return handle_torch_function(_apply, tensors, rule, len(y), len(x), tensors)
+    return _apply(rule, len(y), len(x), tensors)
+
+
+def _apply(rule: ImplicitRule, n_y: int, n_x: int, tensors: Tensors) -> tuple[Tensor, ...]:
+    return _Attach.apply(rule, n_y, n_x, *tensors)
+
+
+class _Attach(Function):
+    @staticmethod
+    def forward(rule: ImplicitRule, n_y: int, n_x: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.detach() for t in tensors[:n_y])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        rule, n_y, n_x, *tensors = inputs
+        x, theta = tensors[n_y : n_y + n_x], tensors[n_y + n_x :]
+        ctx.rule, ctx.n_y, ctx.n_x = rule, n_y, n_x
+        ctx.x = Layout.of(x, rule.x_dims)
+        # y is saved as an output: its own dependence on x and theta gives the higher orders.
+        ctx.save_for_backward(*output, *theta)
+        ctx.save_for_forward(*output, *theta)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *v: Tensor | None) -> tuple[Tensor | None, ...]:
+        nothing: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        if all(c is None for c in v):
+            return tuple(nothing)
+        saved, first = ctx.saved_tensors, 3 + ctx.n_y
+        y, theta = saved[: ctx.n_y], saved[ctx.n_y :]
+        wanted = [i for i in range(len(theta)) if ctx.needs_input_grad[first + ctx.n_x + i]]
+        u, received = ctx.rule.vjp(y, theta, ctx.x, v, wanted)
+        for i, (t, dtype) in enumerate(zip(u, ctx.x.dtypes, strict=True)):
+            if ctx.needs_input_grad[first + i]:
+                nothing[first + i] = t.to(dtype)
+        for i, t in zip(wanted, received, strict=True):
+            nothing[first + ctx.n_x + i] = t
+        return tuple(nothing)
+
+    @staticmethod
+    def jvp(ctx: Any, _rule: None, _n_y: None, _n_x: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        with _torch.forward_mode_again():
+            saved = [_torch.primal(t) for t in ctx.saved_tensors]
+            moved = [_torch.primal(t) for t in tangents[ctx.n_y :]]
+            if all(t is None for t in moved):
+                return (None,) * ctx.n_y
+            dx, dtheta = moved[: ctx.n_x], moved[ctx.n_x :]
+            return ctx.rule.jvp(saved[: ctx.n_y], saved[ctx.n_y :], ctx.x, dx, dtheta)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], rule: ImplicitRule, n_y: int, n_x: int, *tensors: Tensor
+    ) -> tuple[Any, Any]:
+        dims = in_dims[3:]
+        led = [
+            t.movedim(d, 0) if d is not None else t.expand(info.batch_size, *t.shape) if i < n_y + n_x else t
+            for i, (t, d) in enumerate(zip(tensors, dims, strict=True))
+        ]
+        batched = rule.batched([d is not None for d in dims[n_y + n_x :]], info.randomness)
+        return _Attach.apply(batched, n_y, n_x, *led), (0,) * n_y
+
+
+# With r = f(y, theta) - x and A = df/dy, one Newton step y - A^-1 (r - r.detach()) leaves the value of y
+# as it is and makes its derivatives right up to order 2k + 1 where they were right up to order k.
+def _attach_by_newton(rule: ImplicitRule, y: Tensors, x: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
+    needed, have = _torch.derivative_order(), 0
+    with _torch.full_precision(y[0]):
+        while have < needed:
+            last = have + 1 >= needed
+            y = rule.newton_step(y, x, theta, frozen=last)
+            have = have + 1 if last else 2 * have + 1
+    return tuple(y)

@@ -1,0 +1,87 @@
+"""`check=`: is f(g(x)) really x?"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from functorch_inverse import _torch
+from functorch_inverse._vectors import Layout
+from functorch_inverse.errors import ResidualError
+
+__all__ = ["check_residual"]
+
+Tensors = Sequence[Tensor]
+
+
+def check_residual(caller: str, check: bool | float, got: Tensors, x: Tensors, y: Tensors, dims: Any) -> None:
+    """ResidualError where f(y) differs from x by more than the relative tolerance.
+
+    Args:
+        check: True for sqrt(eps) of the dtype, or the tolerance itself.
+        got: f(y, *args), leaves of shape (*batch, *event).
+        x: what it should be, of the same shapes.
+        y: its arguments, for the size of rounding errors.
+        dims: the event dims of x and of y.
+    """
+    with torch.no_grad():
+        batch = got[0].shape[: got[0].ndim - dims[0][0]]
+        packed = [_pack(t, d, batch) for t, d in ((got, dims[0]), (x, dims[0]), (y, dims[1]))]
+        value, wanted, at = (t.to(packed[0].dtype) for t in packed)
+        eps = torch.finfo(_torch_real(x)).eps
+        tolerance = eps**0.5 if check is True else float(check)
+        error = _largest(value - wanted)
+        # Rounding alone moves f(y) by some eps of y, however small x is.
+        allowed = tolerance * _largest(wanted) + 16 * eps * _largest(at)
+        # nan in, nan out is no mistake of f; nan from finite numbers is.
+        sane = wanted.isfinite().all(-1) & at.isfinite().all(-1)
+        error = torch.where(sane, error.nan_to_num(nan=torch.inf), 0)
+        _Inspect.apply(caller, tolerance, error.detach(), allowed.detach())
+
+
+def _torch_real(x: Tensors) -> torch.dtype:
+    return next((t.dtype.to_real() for t in x if t.dtype.is_floating_point or t.dtype.is_complex), torch.float32)
+
+
+def _pack(leaves: Tensors, dims: Sequence[int], batch: Sequence[int]) -> Tensor:
+    floating = [t if t.is_floating_point() or t.is_complex() else t.double() for t in leaves]
+    return Layout.of(floating, dims).pack(floating, batch)
+
+
+def _largest(vectors: Tensor) -> Tensor:
+    return vectors.abs().amax(-1) if vectors.shape[-1] else vectors.sum(-1)
+
+
+class _Inspect(Function):
+    """Look at errors with all vmapped dims in place, outermost first."""
+
+    @staticmethod
+    def forward(caller: str, tolerance: float, error: Tensor, allowed: Tensor) -> Tensor:
+        bad = error > allowed
+        if _torch.can_inspect(bad) and bad.any():
+            _raise(caller, tolerance, error, allowed, bad)
+        return error.new_zeros(())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, caller: str, tolerance: float, *tensors: Tensor) -> tuple[Tensor, None]:
+        moved = [
+            t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0)
+            for t, d in zip(tensors, in_dims[2:], strict=True)
+        ]
+        return _Inspect.apply(caller, tolerance, *moved), None
+
+
+def _raise(caller: str, tolerance: float, error: Tensor, allowed: Tensor, bad: Tensor) -> None:
+    worst = int((error / allowed).nan_to_num(nan=0.0, posinf=torch.inf).where(bad, 0).argmax())
+    raise ResidualError(
+        f"`{caller}`: f(g(x)) is not x in {int(bad.sum())} of {bad.numel()} samples; worst is sample {worst} (flat "
+        f"index over all batch dims), where f(g(x)) - x is {error.flatten()[worst]:.3g} and {tolerance:.3g} relative "
+        f"({allowed.flatten()[worst]:.3g}) is allowed. Either f is not the inverse of g, g did not converge, or the "
+        "tolerance is too small: check=1e-3, say, asks for less."
+    )

@@ -1,0 +1,136 @@
+"""Reverse mode of a function at a point: one evaluation, any number of cotangents.
+
+Two ways with one face. Where no transform is open and nobody differentiates the derivative, the
+graph of a single evaluation serves everything. Otherwise torch.func.vjp, which composes.
+
+Reverse mode throughout: torch's forward mode is not thread-safe, turns float32 into float64 now and
+then, is missing for some special functions, and cannot run inside a plain dual level.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from functorch_inverse import _torch
+from functorch_inverse.errors import NoDerivativeError
+
+__all__ = ["Function", "Pullback", "jacobian", "pushforward"]
+
+Tensors: TypeAlias = Sequence[Tensor]
+# (y leaves, theta leaves) -> x leaves
+Function: TypeAlias = Callable[[Tensors, Tensors], tuple[Tensor, ...]]
+
+
+class Pullback:
+    """The transposed derivative of f(y, theta), in y and in chosen parts of theta."""
+
+    outputs: tuple[Tensor, ...]
+
+    @staticmethod
+    def of(f: Function, y: Tensors, theta: Tensors, wanted: Sequence[int]) -> "Pullback":
+        """Evaluate f at a point; `wanted` are the positions of theta to differentiate."""
+        plain = not (_torch.transforms_active() or torch.is_grad_enabled())
+        return _GraphPullback(f, y, theta, wanted) if plain else _FuncPullback(f, y, theta, wanted)
+
+    def to_y(self, cotangents: Tensors) -> tuple[Tensor, ...]:
+        """(df/dy)^T times one set of cotangents."""
+        raise NotImplementedError
+
+    def to_theta(self, cotangents: Tensors) -> tuple[Tensor, ...]:
+        """(df/dtheta)^T times one set of cotangents, for the wanted theta."""
+        raise NotImplementedError
+
+
+class _GraphPullback(Pullback):
+    """From the graph of one plain evaluation."""
+
+    def __init__(self, f: Function, y: Tensors, theta: Tensors, wanted: Sequence[int]) -> None:
+        self.y = [t.detach().requires_grad_() for t in y]
+        leaves = [t.detach() for t in theta]
+        self.theta = [leaves[i].requires_grad_() for i in wanted]
+        with torch.enable_grad():
+            self.outputs = _evaluate(f, self.y, leaves)
+
+    def to_y(self, cotangents: Tensors) -> tuple[Tensor, ...]:
+        return self._grad(self.y, cotangents)
+
+    def to_theta(self, cotangents: Tensors) -> tuple[Tensor, ...]:
+        return self._grad(self.theta, cotangents)
+
+    def _grad(self, inputs: list[Tensor], cotangents: Tensors) -> tuple[Tensor, ...]:
+        pairs = [(o, c) for o, c in zip(self.outputs, cotangents, strict=True) if o.requires_grad]
+        outputs, grads = zip(*pairs, strict=True)
+        return torch.autograd.grad(outputs, inputs, grads, retain_graph=True, materialize_grads=True)
+
+
+class _FuncPullback(Pullback):
+    """By torch.func.vjp, differentiable by everything outside."""
+
+    def __init__(self, f: Function, y: Tensors, theta: Tensors, wanted: Sequence[int]) -> None:
+        self.outputs, self.to_y_ = torch.func.vjp(lambda *y: _evaluate(f, y, theta), *y)
+        self.f, self.y, self.theta, self.wanted = f, y, theta, wanted
+
+    def to_y(self, cotangents: Tensors) -> tuple[Tensor, ...]:
+        return self.to_y_(tuple(cotangents))
+
+    def to_theta(self, cotangents: Tensors) -> tuple[Tensor, ...]:
+        part = restrict(self.f, self.y, self.theta, self.wanted)
+        return torch.func.vjp(part, *(self.theta[i] for i in self.wanted))[1](tuple(cotangents))
+
+
+def restrict(f: Function, y: Tensors, theta: Tensors, wanted: Sequence[int]) -> Callable[..., tuple[Tensor, ...]]:
+    """f as a function of the wanted theta alone."""
+
+    def part(*chosen: Tensor) -> tuple[Tensor, ...]:
+        everything = list(theta)
+        for i, t in zip(wanted, chosen, strict=True):
+            everything[i] = t
+        return f(y, everything)
+
+    return part
+
+
+def pushforward(f: Function, y: Tensors, theta: Tensors, tangents: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """df/dtheta times tangents, as the transpose of the transpose."""
+    wanted = [i for i, t in enumerate(tangents) if t is not None]
+    outputs, pull = torch.func.vjp(restrict(f, y, theta, wanted), *(theta[i] for i in wanted))
+    _, push = torch.func.vjp(pull, tuple(torch.zeros_like(out) for out in outputs))
+    (moved,) = push(tuple(tangents[i] for i in wanted))
+    return moved
+
+
+def _evaluate(f: Function, y: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
+    """f at tracked y, or an error if its value no longer depends on y."""
+    try:
+        outputs = f(y, theta)
+    except RuntimeError as error:
+        if "numpy" in str(error) or "storage" in str(error):
+            raise NoDerivativeError(
+                f"f left torch while it was differentiated ({error}). f must be made of differentiable torch "
+                "operations from y to x; only g may use NumPy or other libraries."
+            ) from error
+        raise
+    if not torch.compiler.is_dynamo_compiling() and not any(out.requires_grad for out in outputs):
+        raise NoDerivativeError(
+            "f(y, *args) does not depend on y in a way that torch can see: it detaches y, rounds it to integers, "
+            "or does not use it. f must be made of differentiable torch operations from y to x."
+        )
+    return outputs
+
+
+def jacobian(pull: Callable[[Tensor], Tensor], batch: Sequence[int], rows: int, like: Tensor) -> Tensor:
+    """All rows of a per-sample Jacobian, (*batch, rows, columns).
+
+    `pull` takes cotangents of shape (*batch, rows) to (*batch, columns). Each row is one unit cotangent
+    expanded over all samples at once: f is evaluated for the whole batch, never per sample.
+    """
+    basis = torch.eye(rows, dtype=like.dtype, device=like.device)
+    if _torch.transforms_active() or torch.is_grad_enabled() or rows > _LOOP_UP_TO:
+        return torch.vmap(lambda e: pull(e.expand(*batch, rows)), out_dims=-2)(basis)
+    return torch.stack([pull(e.expand(*batch, rows)) for e in basis], -2)
+
+
+# Below, one plain backward a row is faster than a vmapped one; measured in benchmarks/.
+_LOOP_UP_TO = 64

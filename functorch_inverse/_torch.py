@@ -1,0 +1,152 @@
+"""Every private name of torch that this package touches, and what would break without it.
+
+A new torch that renames one of them breaks here, at import, and says so.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+try:
+    # Which transforms are open, and what a wrapped tensor hides: decides what is live.
+    from torch._C import (
+        _are_functorch_transforms_active,
+        _functorch,
+        _get_dispatch_mode,
+        _is_fwd_grad_enabled,
+        _TorchDispatchModeKey,
+    )
+
+    # The level of torch.func.jvp: nested forward mode is wrong without the mend below.
+    from torch._functorch import eager_transforms
+    from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+
+    # Parameters of a module made explicit, also where the module's own forward is running.
+    from torch.nn.utils.stateless import _reparametrize_module
+
+    # Read here so that their absence shows at import.
+    _ = (eager_transforms.JVP_NESTING, forward_ad._current_level, forward_ad._set_fwd_grad_enabled)
+except (ImportError, AttributeError) as error:
+    raise ImportError(
+        f"functorch_inverse supports torch >= 2.11; torch {torch.__version__} differs in a private "
+        f"name that it relies on ({error}). Install another torch, or report this version."
+    ) from error
+
+__all__ = [
+    "can_inspect",
+    "derivative_order",
+    "derivatives_possible",
+    "forward_mode_again",
+    "full_precision",
+    "is_live",
+    "is_wrapped",
+    "level",
+    "primal",
+    "reparametrize",
+    "traced_derivatives_possible",
+    "transforms_active",
+]
+
+reparametrize = _reparametrize_module
+is_wrapped = _functorch.is_functorch_wrapped_tensor
+
+
+def transforms_active() -> bool:
+    """Whether any torch.func transform is open."""
+    return torch.compiler.is_dynamo_compiling() or _are_functorch_transforms_active()
+
+
+def level(tensor: Tensor) -> int:
+    """The transform that wraps a tensor, counted from the outermost; -1 for a plain one."""
+    return _functorch.maybe_get_level(tensor) if is_wrapped(tensor) else -1
+
+
+def derivatives_possible() -> bool:
+    """Whether anything computed now could be differentiated later, or be seen by a transform."""
+    return transforms_active() or torch.is_grad_enabled() or forward_ad._current_level >= 0
+
+
+def _tracked(tensor: Tensor) -> bool:
+    if tensor.requires_grad and torch.is_grad_enabled():
+        return True
+    return (
+        forward_ad._current_level >= 0
+        and _is_fwd_grad_enabled()
+        and forward_ad.unpack_dual(tensor, level=0).tangent is not None
+    )
+
+
+def is_live(tensor: Tensor) -> bool:
+    """Whether a derivative of any open level flows through a tensor."""
+    if forward_ad._current_level < 0 and not is_wrapped(tensor):
+        return tensor.requires_grad and torch.is_grad_enabled()
+    if not _are_functorch_transforms_active():
+        return _tracked(tensor)
+    # Tangents show only at their own level: step down through the open transforms to it.
+    interpreter = retrieve_current_functorch_interpreter()
+    if level(tensor) == interpreter.level():
+        if not _functorch.is_batchedtensor(tensor) and _tracked(tensor):
+            return True
+        tensor = _functorch.get_unwrapped(tensor)
+    with interpreter.lower():
+        return is_live(tensor)
+
+
+def can_inspect(tensor: Tensor) -> bool:
+    """Whether Python may look at a tensor's values: not wrapped, traced, fake or captured."""
+    keys = _TorchDispatchModeKey
+    traced = _get_dispatch_mode(keys.PROXY) is not None or _get_dispatch_mode(keys.FAKE) is not None
+    if traced or is_wrapped(tensor) or torch.compiler.is_dynamo_compiling():
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+@torch._dynamo.assume_constant_result
+def derivative_order() -> int:
+    """How often Dynamo's graph can be differentiated: the open grad and jvp levels, and autograd.
+
+    AOTAutograd has no double backward, so the outer autograd counts once.
+    """
+    kinds = (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
+    stack = _functorch.get_interpreter_stack() or ()
+    return 1 + sum(entry.key() in kinds for entry in stack)
+
+
+def traced_derivatives_possible() -> bool:
+    """`derivatives_possible` as Dynamo can tell it."""
+    return torch.is_grad_enabled() or derivative_order() > 1
+
+
+# Nested forward mode through an autograd.Function. torch calls `jvp` with forward AD switched off and with
+# saved tensors that are still dual at this level, so that jacfwd(jacfwd) comes out as 0
+# (pytorch#197867). Switching it on again and stripping this level's tangents makes every nesting
+# right. A plain forward_ad.dual_level() has no outer level to keep and must not be touched.
+
+
+@contextmanager
+def _forward_mode_again() -> Iterator[None]:
+    with forward_ad._set_fwd_grad_enabled(True), torch.enable_grad():
+        yield
+
+
+def forward_mode_again() -> AbstractContextManager[None]:
+    """Let the code of a `jvp` staticmethod be differentiated by outer levels."""
+    return _forward_mode_again() if eager_transforms.JVP_NESTING else nullcontext()
+
+
+def primal(tensor: Tensor | None) -> Tensor | None:
+    """A tensor of a `jvp` staticmethod without the tangent of the level being computed."""
+    if tensor is None or not eager_transforms.JVP_NESTING:
+        return tensor
+    return forward_ad.unpack_dual(tensor).primal
+
+
+def full_precision(tensor: Tensor) -> AbstractContextManager[None]:
+    """Autocast switched off: derivatives are computed in the precision of their inputs."""
+    kind = tensor.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()

@@ -1,0 +1,108 @@
+"""Pytrees by optree, and what `event_dim` means for their leaves."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import optree
+import torch
+from torch import Tensor
+
+from functorch_inverse.errors import StructureError
+
+__all__ = ["Tree", "TreeSpec", "Partition", "event_dims", "flatten", "is_differentiable", "is_number", "unflatten"]
+
+Tree: TypeAlias = Any
+TreeSpec: TypeAlias = optree.PyTreeSpec
+
+
+def flatten(tree: Tree) -> tuple[list[Any], TreeSpec]:
+    """Leaves and structure; None is a leaf like any other."""
+    return optree.tree_flatten(tree, none_is_leaf=True)
+
+
+def unflatten(spec: TreeSpec, leaves: Sequence[Any]) -> Tree:
+    """The inverse of `flatten`."""
+    return optree.tree_unflatten(spec, leaves)
+
+
+def is_differentiable(leaf: Any) -> bool:
+    """Whether a leaf can carry a derivative at all."""
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+
+
+def is_number(leaf: Any) -> bool:
+    """A tensor or a Python number."""
+    return isinstance(leaf, Tensor | int | float | complex)
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """A tree taken apart into chosen tensors and a mould that holds everything else."""
+
+    spec: TreeSpec
+    mould: tuple[Any, ...]
+    places: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tree: Tree, chosen: Any = lambda leaf: isinstance(leaf, Tensor)) -> "tuple[Partition, tuple[Tensor, ...]]":
+        leaves, spec = flatten(tree)
+        places = tuple(i for i, leaf in enumerate(leaves) if chosen(leaf))
+        tensors = tuple(leaves[i] for i in places)
+        mould = tuple(None if i in places else leaf for i, leaf in enumerate(leaves))
+        return cls(spec, mould, places), tensors
+
+    def join(self, tensors: Sequence[Any]) -> Tree:
+        """The tree again, with other tensors in the chosen places."""
+        leaves = list(self.mould)
+        for place, tensor in zip(self.places, tensors, strict=True):
+            leaves[place] = tensor
+        return unflatten(self.spec, leaves)
+
+    def pick(self, tree: Tree, caller: str, what: str) -> tuple[Any, ...]:
+        """The leaves in the chosen places of a tree of the same structure."""
+        leaves, spec = flatten(tree)
+        if spec != self.spec:
+            raise StructureError(
+                f"`{caller}`: {what} has the structure {describe(spec)}, needed is {describe(self.spec)}. "
+                "Return the same containers, with the same keys and lengths."
+            )
+        return tuple(leaves[i] for i in self.places)
+
+
+def describe(spec: TreeSpec) -> str:
+    """A structure as a person would write it."""
+    return "a single leaf" if spec.is_leaf() else str(spec).removeprefix("PyTreeSpec(").split(", NoneIsLeaf")[0]
+
+
+def event_dims(prefix: Tree, partition: Partition, tensors: Sequence[Tensor], caller: str, name: str) -> tuple[int, ...]:
+    """How many trailing dims of each chosen tensor make up one sample.
+
+    `prefix` is None (all of them), an int, or a pytree prefix of those.
+    """
+    if prefix is None or isinstance(prefix, int):
+        chosen: list[Any] = [prefix] * len(tensors)
+    else:
+        try:
+            tree = unflatten(partition.spec, range(len(partition.mould)))
+            spread = optree.broadcast_prefix(prefix, tree, none_is_leaf=True)
+        except ValueError as error:
+            raise StructureError(
+                f"`{caller}`: `{name}`={prefix!r} is not a prefix of {describe(partition.spec)}. "
+                "Give None, an int, or a tree of those that follows the structure from its root."
+            ) from error
+        chosen = [spread[i] for i in partition.places]
+    return tuple(_event_dim(dim, t, caller, name) for dim, t in zip(chosen, tensors, strict=True))
+
+
+def _event_dim(dim: Any, tensor: Tensor, caller: str, name: str) -> int:
+    if dim is None:
+        return tensor.ndim
+    if isinstance(dim, bool) or not isinstance(dim, int) or dim < 0:
+        raise ValueError(f"`{caller}`: `{name}` is {dim!r}; choose None, 0, 1, 2, ... or a pytree of those.")
+    if dim > tensor.ndim:
+        raise StructureError(
+            f"`{caller}`: `{name}`={dim} needs tensors of at least {dim} dims, one of shape "
+            f"{tuple(tensor.shape)} arrived. Choose a smaller `{name}`."
+        )
+    return dim

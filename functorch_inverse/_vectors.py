@@ -1,0 +1,83 @@
+"""Samples as real vectors: many leaves of any event shape, one last dimension.
+
+A complex number counts as two real ones, as torch's gradient convention has it; so a function
+that is not holomorphic has a derivative like any other.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from functorch_inverse.errors import StructureError
+
+__all__ = ["Layout", "batch_shape", "real_dtype"]
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The event shape and dtype of each leaf of a sample."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+
+    @classmethod
+    def of(cls, leaves: Sequence[Tensor], event_dims: Sequence[int]) -> "Layout":
+        pairs = list(zip(leaves, event_dims, strict=True))
+        shapes = tuple(tuple(leaf.shape[leaf.ndim - dim :]) for leaf, dim in pairs)
+        return cls(shapes, tuple(leaf.dtype for leaf in leaves))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many real numbers each leaf of one sample holds."""
+        return tuple(
+            prod(s) * (2 if t.is_complex else 1) for s, t in zip(self.shapes, self.dtypes, strict=True)
+        )
+
+    @property
+    def size(self) -> int:
+        """How many real numbers one sample holds."""
+        return sum(self.sizes)
+
+    def pack(self, leaves: Sequence[Tensor], batch: Sequence[int]) -> Tensor:
+        """Leaves of shape (*batch, *event), or broadcasting to it, to a tensor (*batch, size)."""
+        rows = zip(leaves, self.shapes, self.sizes, strict=True)
+        parts = [_real(leaf.expand(*batch, *shape), shape).reshape(*batch, size) for leaf, shape, size in rows]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def unpack(self, vector: Tensor) -> tuple[Tensor, ...]:
+        """The inverse of `pack`; each leaf in its own dtype."""
+        parts = vector.split(self.sizes, -1) if len(self.sizes) > 1 else (vector,)
+        return tuple(_leaf(p, s, t) for p, s, t in zip(parts, self.shapes, self.dtypes, strict=True))
+
+
+def _real(leaf: Tensor, shape: Sequence[int]) -> Tensor:
+    return torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf
+
+
+def _leaf(vector: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    batch = vector.shape[:-1]
+    if not dtype.is_complex:
+        return vector.reshape(*batch, *shape).to(dtype)
+    pairs = vector.reshape(*batch, *shape, 2)
+    return torch.complex(pairs[..., 0], pairs[..., 1]).to(dtype)
+
+
+def batch_shape(leaves: Sequence[Tensor], event_dims: Sequence[int], caller: str, what: str) -> torch.Size:
+    """The leading dims that all leaves share."""
+    shapes = {leaf.shape[: leaf.ndim - dim] for leaf, dim in zip(leaves, event_dims, strict=True)}
+    if len(shapes) > 1:
+        raise StructureError(
+            f"`{caller}`: the leaves of {what} have the batch shapes {sorted(map(tuple, shapes))}; one sample "
+            "takes a part of every leaf, so they must agree. Choose `event_dim` per leaf such that they do, "
+            "or None to make the whole input one sample."
+        )
+    return shapes.pop() if shapes else torch.Size()
+
+
+def real_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which derivatives are computed: real, and no narrower than float32."""
+    real = dtype.to_real()
+    return torch.float32 if real in (torch.float16, torch.bfloat16) else real

@@ -1,0 +1,36 @@
+"""The error family. Every text says what arrived, what is needed and what to do instead."""
+
+import torch
+
+__all__ = [
+    "DerivativeError",
+    "FunctorchInverseError",
+    "NoDerivativeError",
+    "ResidualError",
+    "SingularJacobianError",
+    "StructureError",
+]
+
+
+class FunctorchInverseError(Exception):
+    """The base of all errors raised by this package."""
+
+
+class StructureError(FunctorchInverseError, ValueError):
+    """Structures, shapes or dtypes do not fit together."""
+
+
+class SingularJacobianError(FunctorchInverseError, torch.linalg.LinAlgError):
+    """The Jacobian of some samples has no inverse, so their derivative does not exist."""
+
+
+class NoDerivativeError(FunctorchInverseError, RuntimeError):
+    """A derivative was asked for that nothing is known about, or that would be lost."""
+
+
+class ResidualError(FunctorchInverseError, ValueError):
+    """The evidence does not belong to the black box: f(g(x)) is not x."""
+
+
+class DerivativeError(FunctorchInverseError, ValueError):
+    """The derivative of the evidence disagrees with finite differences of the black box."""
