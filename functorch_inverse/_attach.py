@@ -26,7 +26,7 @@ def attach(rule: ImplicitRule, y: Tensors, x: Tensors, theta: Tensors) -> tuple[
         return _attach_by_newton(rule, y, x, theta)
     tensors = (*y, *x, *theta)
     # Announced as a torch function, so that a rule inside another rule's f can be followed.
-    if torch._C._is_torch_function_mode_enabled():
+    if _torch.function_mode_active():
         return handle_torch_function(_apply, tensors, rule, len(y), len(x), tensors)
     return _apply(rule, len(y), len(x), tensors)
 

@@ -13,7 +13,7 @@ from functorch_inverse._capture import Captured, Reach, is_open, watch
 from functorch_inverse._check import check_residual
 from functorch_inverse._rules import ImplicitRule
 from functorch_inverse._tree import Partition, Tree, event_dims, is_differentiable, is_number
-from functorch_inverse._values import BlackBox, VmapMethod, evaluate
+from functorch_inverse._values import BlackBox, Outcome, VmapMethod, evaluate
 from functorch_inverse._vectors import Layout, batch_shape
 from functorch_inverse.errors import NoDerivativeError, StructureError
 from functorch_inverse.linear_solvers import LinearSolver
@@ -52,6 +52,7 @@ class _Given:
 
     x: Partition
     args: Partition
+    keywords: tuple[str, ...]
     kwargs: Partition
     x_tensors: tuple[Tensor, ...]
     arg_tensors: tuple[Tensor, ...]
@@ -59,8 +60,9 @@ class _Given:
 
     @classmethod
     def of(cls, x: Tree, args: tuple[Tree, ...], kwargs: dict[str, Any]) -> "_Given":
-        (x, x_t), (args, args_t), (kwargs, kwargs_t) = Partition.of(x), Partition.of(args), Partition.of(kwargs)
-        return cls(x, args, kwargs, x_t, args_t, kwargs_t)
+        keys = tuple(kwargs)
+        (x, x_t), (args, args_t), (values, kwargs_t) = map(Partition.of, (x, args, tuple(kwargs.values())))
+        return cls(x, args, keys, values, x_t, args_t, kwargs_t)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -74,8 +76,8 @@ class _Given:
     def call(self, g: Callable[..., Any], tensors: Tensors) -> Any:
         """g at other values of the tensors."""
         n, m = len(self.x_tensors), len(self.x_tensors) + len(self.arg_tensors)
-        args, kwargs = self.args.join(tensors[n:m]), self.kwargs.join(tensors[m:])
-        return g(self.x.join(tensors[:n]), *args, **kwargs)
+        args, values = self.args.join(tensors[n:m]), self.kwargs.join(tensors[m:])
+        return g(self.x.join(tensors[:n]), *args, **dict(zip(self.keywords, values, strict=True)))
 
 
 # --- the order of things --------------------------------------------------------------------------
@@ -195,6 +197,7 @@ def _evaluate(problem: Problem, given: _Given, captured: Captured) -> _Values:
         x_places=tuple(range(len(x))),
         batch_dims=tuple(t.ndim - d for t, d in zip(x, dims, strict=True)),
         like=given.like,
+        outcome=Outcome(),
     )
     outputs = evaluate(box, (*given.tensors, *captured.tensors))
     return _unpack(box, outputs)
@@ -227,17 +230,17 @@ class _Evidence:
         with self.captured.running(theta[m:], known=(*y, *theta)):
             result = self.problem.f(everything, *self.args.join(theta[:n]))
         leaves = self.target.pick(result, self.problem.caller, "f(y, *args)")
-        for leaf in leaves:
-            if not isinstance(leaf, Tensor):
-                _refuse_output(self.problem.caller, leaf)
+        _check_tensors(self.problem.caller, leaves)
         return leaves
 
 
-def _refuse_output(caller: str, leaf: Any) -> None:
-    raise StructureError(
-        f"`{caller}`: f(y, *args) returned {type(leaf).__name__} where x has a tensor. f is what gets differentiated: "
-        "it must be made of torch operations and return tensors in x's structure."
-    )
+def _check_tensors(caller: str, leaves: Sequence[Any]) -> None:
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            raise StructureError(
+                f"`{caller}`: f(y, *args) returned {type(leaf).__name__} where x has a tensor. f is what gets "
+                "differentiated: it must be made of torch operations and return tensors in x's structure."
+            )
 
 
 def _differentiable(problem: Problem, given: _Given, values: _Values, captured: Captured, theta: Tensors) -> Tree:
@@ -266,29 +269,24 @@ def _target(given: _Given) -> tuple[Partition, tuple[Tensor, ...]]:
 
 
 def _y_dims(problem: Problem, given: _Given, values: _Values) -> tuple[int, ...]:
+    _check_integers(problem.caller, given, values)
     prefix, name = problem.out_event_dim, "out_event_dim"
     if prefix is None:
-        prefix, name = problem.event_dim, "event_dim"
-        if not (prefix is None or isinstance(prefix, int)) and values.y.spec != given.x.spec:
-            raise StructureError(
-                f"`{problem.caller}`: `event_dim`={prefix!r} follows the structure of x, and y has another one. "
-                "Describe y by `out_event_dim`."
-            )
-    _check_integers(problem.caller, given, values)
+        prefix, name = problem.event_dim, "event_dim` (also for y, as there is no `out_event_dim`), `event_dim"
     dims = event_dims(prefix, values.y, values.tensors, problem.caller, name)
     return tuple(d for d, floating in zip(dims, values.differentiable, strict=True) if floating)
 
 
 def _check_integers(caller: str, given: _Given, values: _Values) -> None:
     """An integer leaf of y must be one that x passes through."""
-    passed = dict(zip(given.x.places, given.x_tensors, strict=True)) if values.y.spec == given.x.spec else {}
-    for place, tensor in zip(values.y.places, values.tensors, strict=True):
-        if is_differentiable(tensor) or (place in passed and not is_differentiable(passed[place])):
-            continue
-        raise StructureError(
-            f"`{caller}`: g returned {tensor.dtype} of shape {tuple(tensor.shape)}; an integer has no derivative. "
-            "Return floating numbers (in NumPy: .astype(float)), or hand integers over as aux with has_aux=True."
-        )
+    integers = {p: t for p, t in zip(values.y.places, values.tensors, strict=True) if not is_differentiable(t)}
+    if not integers or values.y.spec == given.x.spec and not integers.keys() & set(_target(given)[0].places):
+        return
+    arrived = ", ".join(f"{t.dtype} of shape {tuple(t.shape)}" for t in integers.values())
+    raise StructureError(
+        f"`{caller}`: g returned {arrived}; an integer has no derivative. Return floating numbers (in NumPy: "
+        ".astype(float)), or hand integers over as aux with has_aux=True."
+    )
 
 
 def _check_sizes(caller: str, x: Layout, y: Layout) -> None:

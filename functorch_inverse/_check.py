@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from functorch_inverse import _torch
-from functorch_inverse._vectors import Layout
+from functorch_inverse._vectors import Layout, real_dtype
 from functorch_inverse.errors import ResidualError
 
 __all__ = ["check_residual"]
@@ -42,7 +42,7 @@ def check_residual(caller: str, check: bool | float, got: Tensors, x: Tensors, y
 
 
 def _torch_real(x: Tensors) -> torch.dtype:
-    return next((t.dtype.to_real() for t in x if t.dtype.is_floating_point or t.dtype.is_complex), torch.float32)
+    return next((real_dtype(t.dtype) for t in x if t.dtype.is_floating_point or t.dtype.is_complex), torch.float32)
 
 
 def _pack(leaves: Tensors, dims: Sequence[int], batch: Sequence[int]) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from functorch_inverse import _torch
+from functorch_inverse._vectors import real_dtype
 from functorch_inverse.errors import NoDerivativeError
 
 __all__ = ["Function", "Pullback", "jacobian", "pushforward"]
@@ -126,7 +127,7 @@ def jacobian(pull: Callable[[Tensor], Tensor], batch: Sequence[int], rows: int, 
     `pull` takes cotangents of shape (*batch, rows) to (*batch, columns). Each row is one unit cotangent
     expanded over all samples at once: f is evaluated for the whole batch, never per sample.
     """
-    basis = torch.eye(rows, dtype=like.dtype, device=like.device)
+    basis = torch.eye(rows, dtype=real_dtype(like.dtype), device=like.device)
     if _torch.transforms_active() or torch.is_grad_enabled() or rows > _LOOP_UP_TO:
         return torch.vmap(lambda e: pull(e.expand(*batch, rows)), out_dims=-2)(basis)
     return torch.stack([pull(e.expand(*batch, rows)) for e in basis], -2)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from functorch_inverse import _torch
 from functorch_inverse._pullback import Function, Pullback, Tensors, jacobian, pushforward
-from functorch_inverse._vectors import Layout, batch_shape, real_dtype
+from functorch_inverse._vectors import Layout, batch_shape
 from functorch_inverse.errors import StructureError
 from functorch_inverse.linear_solvers import LinearSolver
 
@@ -127,7 +127,7 @@ class _Point:
 
         if self.elementwise:
             return pull(torch.ones_like(self.inputs.pack(self.y, self.batch))).unsqueeze(-1)
-        return jacobian(pull, self.batch, self.outputs.size, self.y[0].to(real_dtype(self.y[0].dtype)))
+        return jacobian(pull, self.batch, self.outputs.size, self.pullback.outputs[0])
 
     def like_output(self, u: Tensors) -> tuple[Tensor, ...]:
         return tuple(t.to(o.dtype) for t, o in zip(u, self.pullback.outputs, strict=True))

@@ -17,6 +17,7 @@ try:
         _functorch,
         _get_dispatch_mode,
         _is_fwd_grad_enabled,
+        _is_torch_function_mode_enabled,
         _TorchDispatchModeKey,
     )
 
@@ -41,6 +42,7 @@ __all__ = [
     "derivatives_possible",
     "forward_mode_again",
     "full_precision",
+    "function_mode_active",
     "is_live",
     "is_wrapped",
     "level",
@@ -57,6 +59,11 @@ is_wrapped = _functorch.is_functorch_wrapped_tensor
 def transforms_active() -> bool:
     """Whether any torch.func transform is open."""
     return torch.compiler.is_dynamo_compiling() or _are_functorch_transforms_active()
+
+
+def function_mode_active() -> bool:
+    """Whether a TorchFunctionMode watches what is called; never so while Dynamo traces."""
+    return not torch.compiler.is_dynamo_compiling() and _is_torch_function_mode_enabled()
 
 
 def level(tensor: Tensor) -> int:

@@ -61,12 +61,13 @@ class Partition:
 
     def pick(self, tree: Tree, caller: str, what: str) -> tuple[Any, ...]:
         """The leaves in the chosen places of a tree of the same structure."""
-        leaves, spec = flatten(tree)
-        if spec != self.spec:
+        try:
+            leaves = self.spec.flatten_up_to(tree)
+        except ValueError as error:
             raise StructureError(
-                f"`{caller}`: {what} has the structure {describe(spec)}, needed is {describe(self.spec)}. "
+                f"`{caller}`: {what} has the structure {describe(flatten(tree)[1])}, needed is {describe(self.spec)}. "
                 "Return the same containers, with the same keys and lengths."
-            )
+            ) from error
         return tuple(leaves[i] for i in self.places)
 
 
@@ -84,8 +85,7 @@ def event_dims(prefix: Tree, partition: Partition, tensors: Sequence[Tensor], ca
         chosen: list[Any] = [prefix] * len(tensors)
     else:
         try:
-            tree = unflatten(partition.spec, range(len(partition.mould)))
-            spread = optree.broadcast_prefix(prefix, tree, none_is_leaf=True)
+            spread = _spread(prefix, partition)
         except ValueError as error:
             raise StructureError(
                 f"`{caller}`: `{name}`={prefix!r} is not a prefix of {describe(partition.spec)}. "
@@ -93,6 +93,13 @@ def event_dims(prefix: Tree, partition: Partition, tensors: Sequence[Tensor], ca
             ) from error
         chosen = [spread[i] for i in partition.places]
     return tuple(_event_dim(dim, t, caller, name) for dim, t in zip(chosen, tensors, strict=True))
+
+
+def _spread(prefix: Tree, partition: Partition) -> list[Any]:
+    """The value of a prefix for each leaf below it."""
+    dims, spec = flatten(prefix)
+    parts = spec.flatten_up_to(unflatten(partition.spec, list(range(len(partition.mould)))))
+    return [dim for dim, part in zip(dims, parts, strict=True) for _ in flatten(part)[0]]
 
 
 def _event_dim(dim: Any, tensor: Tensor, caller: str, name: str) -> int:

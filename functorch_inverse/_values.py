@@ -1,7 +1,7 @@
 """The values of a black box: plain tensors in, plain tensors out, batched by `vmap_method`."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -12,6 +12,7 @@ from torch.overrides import handle_torch_function
 from functorch_inverse import _torch
 from functorch_inverse._capture import Captured
 from functorch_inverse._tree import Partition, Tree, flatten, is_differentiable
+from functorch_inverse._vectors import same_precision
 from functorch_inverse.errors import StructureError
 
 __all__ = ["BlackBox", "VmapMethod", "check_vmap_method", "evaluate"]
@@ -52,9 +53,9 @@ class BlackBox:
     x_places: tuple[int, ...]
     batch_dims: tuple[int, ...]
     like: Tensor | None
+    outcome: Outcome
     batched_as: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
     tensors_only: bool = False
-    outcome: Outcome = field(default_factory=Outcome)
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The leaves of y and the tensors of aux."""
@@ -65,6 +66,10 @@ class BlackBox:
         given = len(tensors) - self.captured.count
         with torch.enable_grad(), self.captured.running(tensors[given:]):
             result = self.call(tensors[:given])
+        return self.unpack(result, tensors)
+
+    def unpack(self, result: Any, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The tensors in what g returned for given tensors; `outcome` keeps the structure."""
         y, aux = split_aux(self.caller, result, self.has_aux)
         self.outcome.y, leaves = self._outputs(y, tensors)
         if not self.has_aux:
@@ -91,15 +96,16 @@ class BlackBox:
         array = not isinstance(leaf, Tensor)
         tensor = torch.as_tensor(leaf) if array else leaf.detach()
         if self.like is not None and is_differentiable(tensor):
-            real = self.like.dtype.to_real()
-            dtype = real.to_complex() if tensor.is_complex() else real
+            dtype = same_precision(tensor.dtype, self.like.dtype)
             tensor = tensor.to(device=self.like.device, dtype=dtype)
         # A NumPy buffer may be written to by the next call of g, and an input belongs to the caller.
-        fresh = not _has_storage(tensor) or tensor.untyped_storage().data_ptr() not in taken
-        return tensor if fresh and not array else tensor.clone()
+        owned = array or (bool(taken) and _has_storage(tensor) and tensor.untyped_storage().data_ptr() in taken)
+        return tensor.clone() if owned else tensor
 
 
 def _has_storage(tensor: Tensor) -> bool:
+    if torch.compiler.is_dynamo_compiling():
+        return False
     return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided and tensor.numel() > 0
 
 
@@ -129,12 +135,14 @@ def evaluate(box: BlackBox, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """g once (a sample, for "sequential"), with every transform seeing only values."""
     plain = tuple(t.detach() for t in tensors)
     # Announced as a torch function, so that a rule inside another rule's f can be followed.
-    if torch._C._is_torch_function_mode_enabled():
+    if _torch.function_mode_active():
         return handle_torch_function(_evaluate, plain, box, plain)
     return _evaluate(box, plain)
 
 
 def _evaluate(box: BlackBox, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    if torch.compiler.is_dynamo_compiling():
+        return box.unpack(box.call(tensors), tensors)
     if not _torch.transforms_active():
         return box(*tensors)
     return _Values.apply(box, *tensors)
@@ -159,8 +167,8 @@ class _Values(Function):
         moved = [t if d is None else t.movedim(d, 0) for t, d in zip(tensors, dims, strict=True)]
         if box.method == "vmap":
             results = _Values.apply(_vmapped(box, batched, info.randomness), *moved)
-        elif box.method == "broadcast" and _can_broadcast(box, batched):
-            results = _Values.apply(*_broadcast(box, moved, batched, info.batch_size))
+        elif box.method == "broadcast" and _can_broadcast(box, moved, batched):
+            results = _broadcast(box, moved, batched, info.batch_size)
         else:
             results = _one_by_one(box, moved, batched, info.batch_size)
         return results, (0,) * len(results)
@@ -175,22 +183,42 @@ def _vmapped(box: BlackBox, batched: Sequence[bool], randomness: str) -> BlackBo
     return replace(box, batched_as=batch)
 
 
-def _can_broadcast(box: BlackBox, batched: Sequence[bool]) -> bool:
-    """One call serves all where the new leading dim cannot be taken for another dim.
-
-    That is where only x is batched, or where x has no batch dims that a batched argument would have
-    to line up with.
-    """
-    others = any(b for i, b in enumerate(batched) if i not in box.x_places)
-    return not others or not (box.x_only or any(box.batch_dims))
+# A new leading dim must not line up with a dim of an argument that has more dims than x: with x (n,) mapped to
+# (B, n), an argument (b, n) would meet B where it meant b. So x becomes (B, 1, n), and the ones go again
+# where no argument filled them.
 
 
-def _broadcast(box: BlackBox, tensors: Sequence[Tensor], batched: Sequence[bool], size: int) -> tuple[Any, ...]:
+def _can_broadcast(box: BlackBox, tensors: Sequence[Tensor], batched: Sequence[bool]) -> bool:
+    """Whether one call with a new leading dim of x says which dim is which."""
+    others = [(t, b) for i, (t, b) in enumerate(zip(tensors, batched, strict=True)) if i not in box.x_places]
+    if any(b for _, b in others):
+        return not (box.x_only or any(box.batch_dims))
+    surplus = _surplus(box, tensors, batched)
+    return all(1 not in t.shape[: max(0, t.ndim - _sample_dims(box, tensors, batched))] for t, _ in others) or not surplus
+
+
+def _sample_dims(box: BlackBox, tensors: Sequence[Tensor], batched: Sequence[bool]) -> int:
+    """The fewest dims of a leaf of x, without the new one."""
+    return min((tensors[i].ndim - batched[i] for i in box.x_places), default=0)
+
+
+def _surplus(box: BlackBox, tensors: Sequence[Tensor], batched: Sequence[bool]) -> int:
+    """How many dims the largest unbatched argument has more than x."""
+    others = [t.ndim for i, t in enumerate(tensors) if i not in box.x_places and not batched[i]]
+    return max(0, max(others, default=0) - _sample_dims(box, tensors, batched))
+
+
+def _broadcast(box: BlackBox, tensors: Sequence[Tensor], batched: Sequence[bool], size: int) -> tuple[Tensor, ...]:
+    ones = _surplus(box, tensors, batched)
     led = [
-        t.expand(size, *t.shape) if i in box.x_places and not b else t
+        (t if b else t.expand(size, *t.shape)).reshape(size, *(1,) * ones, *t.shape[int(b) :])
+        if i in box.x_places
+        else t
         for i, (t, b) in enumerate(zip(tensors, batched, strict=True))
     ]
-    return replace(box, batch_dims=tuple(n + 1 for n in box.batch_dims)), *led
+    results = _Values.apply(replace(box, batch_dims=tuple(n + 1 + ones for n in box.batch_dims)), *led)
+    unused = tuple(range(1, ones + 1))
+    return tuple(t.squeeze(unused) if t.ndim > ones else t for t in results)
 
 
 def _one_by_one(box: BlackBox, tensors: Sequence[Tensor], batched: Sequence[bool], size: int) -> tuple[Tensor, ...]:

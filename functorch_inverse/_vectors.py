@@ -13,7 +13,7 @@ from torch import Tensor
 
 from functorch_inverse.errors import StructureError
 
-__all__ = ["Layout", "batch_shape", "real_dtype"]
+__all__ = ["Layout", "batch_shape", "real_dtype", "same_precision"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +77,17 @@ def batch_shape(leaves: Sequence[Tensor], event_dims: Sequence[int], caller: str
     return shapes.pop() if shapes else torch.Size()
 
 
+# torch.dtype.to_real and to_complex do not trace.
+_REAL = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
+_COMPLEX = {real: paired for paired, real in _REAL.items()} | {torch.bfloat16: torch.complex64}
+
+
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which derivatives are computed: real, and no narrower than float32."""
-    real = dtype.to_real()
-    return torch.float32 if real in (torch.float16, torch.bfloat16) else real
+    """The dtype of the parts of a complex number; a real dtype as it is."""
+    return _REAL.get(dtype, dtype)
+
+
+def same_precision(dtype: torch.dtype, like: torch.dtype) -> torch.dtype:
+    """A real or complex dtype as it is, in the precision of another one."""
+    real = real_dtype(like)
+    return _COMPLEX[real] if dtype.is_complex else real
