@@ -1,8 +1,8 @@
 """How a derivative is attached to values: the only module that knows how torch does it.
 
 Eager: one autograd.Function, which saves y as its output and does nothing until a derivative is asked
-for. Under Dynamo, which drops the rules of a Function inside a transform, by value-zero Newton steps in
-the open graph.
+for. Under Dynamo, which drops the rules of a Function inside a transform, as an expression in the open graph
+that leaves the values as they are.
 """
 
 from typing import Any
@@ -14,16 +14,16 @@ from torch.overrides import handle_torch_function
 
 from functorch_inverse import _torch
 from functorch_inverse._pullback import Tensors
-from functorch_inverse._rules import ImplicitRule
+from functorch_inverse._rules import Rule
 from functorch_inverse._vectors import Layout
 
 __all__ = ["attach"]
 
 
-def attach(rule: ImplicitRule, y: Tensors, x: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
+def attach(rule: Rule, y: Tensors, x: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
     """The values y with the derivatives of `rule` to x and theta."""
     if torch.compiler.is_dynamo_compiling():
-        return _attach_by_newton(rule, y, x, theta)
+        return rule.reattach(y, x, theta, _torch.derivative_order())
     tensors = (*y, *x, *theta)
     # Announced as a torch function, so that a rule inside another rule's f can be followed.
     if _torch.function_mode_active():
@@ -31,13 +31,13 @@ def attach(rule: ImplicitRule, y: Tensors, x: Tensors, theta: Tensors) -> tuple[
     return _apply(rule, len(y), len(x), tensors)
 
 
-def _apply(rule: ImplicitRule, n_y: int, n_x: int, tensors: Tensors) -> tuple[Tensor, ...]:
+def _apply(rule: Rule, n_y: int, n_x: int, tensors: Tensors) -> tuple[Tensor, ...]:
     return _Attach.apply(rule, n_y, n_x, *tensors)
 
 
 class _Attach(Function):
     @staticmethod
-    def forward(rule: ImplicitRule, n_y: int, n_x: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(rule: Rule, n_y: int, n_x: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(t.detach() for t in tensors[:n_y])
 
     @staticmethod
@@ -45,7 +45,7 @@ class _Attach(Function):
         rule, n_y, n_x, *tensors = inputs
         x, theta = tensors[n_y : n_y + n_x], tensors[n_y + n_x :]
         ctx.rule, ctx.n_y, ctx.n_x = rule, n_y, n_x
-        ctx.x = Layout.of(x, rule.x_dims)
+        ctx.x, ctx.x_shapes = Layout.of(x, rule.x_dims), [t.shape for t in x]
         # y is saved as an output: its own dependence on x and theta gives the higher orders.
         ctx.save_for_backward(*output, *theta)
         ctx.save_for_forward(*output, *theta)
@@ -74,12 +74,14 @@ class _Attach(Function):
             moved = [_torch.primal(t) for t in tangents[ctx.n_y :]]
             if all(t is None for t in moved):
                 return (None,) * ctx.n_y
-            dx, dtheta = moved[: ctx.n_x], moved[ctx.n_x :]
-            return ctx.rule.jvp(saved[: ctx.n_y], saved[ctx.n_y :], ctx.x, dx, dtheta)
+            y, theta = saved[: ctx.n_y], saved[ctx.n_y :]
+            sizes = zip(moved, ctx.x_shapes, ctx.x.dtypes, strict=False)
+            dx = [y[0].new_zeros(shape, dtype=dtype) if t is None else t for t, shape, dtype in sizes]
+            return ctx.rule.jvp(y, theta, dx, moved[ctx.n_x :])
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[Any, ...], rule: ImplicitRule, n_y: int, n_x: int, *tensors: Tensor
+        info: Any, in_dims: tuple[Any, ...], rule: Rule, n_y: int, n_x: int, *tensors: Tensor
     ) -> tuple[Any, Any]:
         dims = in_dims[3:]
         led = [
@@ -88,15 +90,3 @@ class _Attach(Function):
         ]
         batched = rule.batched([d is not None for d in dims[n_y + n_x :]], info.randomness)
         return _Attach.apply(batched, n_y, n_x, *led), (0,) * n_y
-
-
-# With r = f(y, theta) - x and A = df/dy, one Newton step y - A^-1 (r - r.detach()) leaves the value of y
-# as it is and makes its derivatives right up to order 2k + 1 where they were right up to order k.
-def _attach_by_newton(rule: ImplicitRule, y: Tensors, x: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
-    needed, have = _torch.derivative_order(), 0
-    with _torch.full_precision(y[0]):
-        while have < needed:
-            last = have + 1 >= needed
-            y = rule.newton_step(y, x, theta, frozen=last)
-            have = have + 1 if last else 2 * have + 1
-    return tuple(y)

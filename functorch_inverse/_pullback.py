@@ -129,7 +129,7 @@ def jacobian(pull: Callable[[Tensor], Tensor], batch: Sequence[int], rows: int, 
     """
     basis = torch.eye(rows, dtype=real_dtype(like.dtype), device=like.device)
     if _torch.transforms_active() or torch.is_grad_enabled() or rows > _LOOP_UP_TO:
-        return torch.vmap(lambda e: pull(e.expand(*batch, rows)), out_dims=-2)(basis)
+        return torch.vmap(lambda e: pull(e.expand(*batch, rows)))(basis).movedim(0, -2)
     return torch.stack([pull(e.expand(*batch, rows)) for e in basis], -2)
 
 

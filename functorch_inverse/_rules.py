@@ -14,6 +14,7 @@ Differentiation (2022), section 2.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,9 +25,51 @@ from functorch_inverse._vectors import Layout, batch_shape
 from functorch_inverse.errors import StructureError
 from functorch_inverse.linear_solvers import LinearSolver
 
-__all__ = ["ImplicitRule"]
+__all__ = ["ImplicitRule", "Rule"]
 
 Optional = Sequence[Tensor | None]
+
+
+class Rule(Protocol):
+    """The derivative of y to x and theta, as mathematics: nothing here knows how torch attaches it.
+
+    y and x are leaves with common leading batch dims and an event each; theta are leaves of any shape.
+    """
+
+    @property
+    def x_dims(self) -> tuple[int, ...]:
+        """How many trailing dims of each leaf of x make up one sample."""
+        ...
+
+    def batched(self, theta_is_batched: Sequence[bool], randomness: str) -> "Rule":
+        """The same rule where y, x and some of theta carry one more leading dim."""
+        ...
+
+    def vjp(
+        self, y: Tensors, theta: Tensors, x: Layout, v: Optional, wanted: Sequence[int]
+    ) -> tuple[Tensors, Optional]:
+        """What x, and the wanted theta, receive from the cotangents v of y."""
+        ...
+
+    def jvp(self, y: Tensors, theta: Tensors, dx: Tensors, dtheta: Optional) -> tuple[Tensor, ...]:
+        """The tangents of y, from those of x and of some theta."""
+        ...
+
+    def reattach(self, y: Tensors, x: Tensors, theta: Tensors, order: int) -> tuple[Tensor, ...]:
+        """y, as an expression in the open graph whose derivatives are right up to an order."""
+        ...
+
+
+def vmapped(f: Function, first: int | None, theta_is_batched: Sequence[bool], randomness: str) -> Function:
+    """f of two groups of leaves, where the first (if batched) and some of theta carry one more leading dim."""
+    dims = tuple(0 if b else None for b in theta_is_batched)
+
+    def mapped(leading: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
+        n = len(leading)
+        in_dims = (first,) * n + dims
+        return torch.vmap(lambda *t: f(t[:n], t[n:]), in_dims=in_dims, randomness=randomness)(*leading, *theta)
+
+    return mapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,17 +87,7 @@ class ImplicitRule:
 
     def batched(self, theta_is_batched: Sequence[bool], randomness: str) -> "ImplicitRule":
         """The same rule where y, and some of theta, carry one more leading dim."""
-        dims = tuple(0 if b else None for b in theta_is_batched)
-        f = self.f
-
-        def mapped(y: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
-            return torch.vmap(
-                lambda *leaves: f(leaves[: len(y)], leaves[len(y) :]),
-                in_dims=(0,) * len(y) + dims,
-                randomness=randomness,
-            )(*y, *theta)
-
-        return replace(self, f=mapped)
+        return replace(self, f=vmapped(self.f, 0, theta_is_batched, randomness))
 
     def vjp(
         self, y: Tensors, theta: Tensors, x: Layout, v: Optional, wanted: Sequence[int]
@@ -64,37 +97,45 @@ class ImplicitRule:
         x's part has the batch shape of y and the layout `x`.
         """
         with _torch.full_precision(y[0]):
-            wide, dtypes = _widen(theta), [theta[i].dtype for i in wanted]
-            point = _Point(self, _widen(y), wide, x, wanted)
-            v = _widen([torch.zeros_like(t) if c is None else c for c, t in zip(v, y, strict=True)])
+            wide, dtypes = widen(theta), [theta[i].dtype for i in wanted]
+            point = _Point(self, widen(y), wide, x, wanted)
+            v = widen([torch.zeros_like(t) if c is None else c for c, t in zip(v, y, strict=True)])
             u = point.solve(v, transpose=True)
             if not wanted:
                 return u, ()
             received = point.pullback.to_theta(tuple(-t for t in point.like_output(u)))
             return u, tuple(t.to(d) for t, d in zip(received, dtypes, strict=True))
 
-    def jvp(self, y: Tensors, theta: Tensors, x: Layout, dx: Optional, dtheta: Optional) -> tuple[Tensor, ...]:
+    def jvp(self, y: Tensors, theta: Tensors, dx: Tensors, dtheta: Optional) -> tuple[Tensor, ...]:
         """The tangents of y."""
         with _torch.full_precision(y[0]):
-            wide_y, wide = _widen(y), _widen(theta)
-            point = _Point(self, wide_y, wide, x, ())
-            rhs = [torch.zeros_like(t) for t in point.pullback.outputs]
-            rhs = [r if d is None else r + d for r, d in zip(rhs, dx, strict=True)] if dx else rhs
+            wide_y, wide = widen(y), widen(theta)
+            point = _Point(self, wide_y, wide, Layout.of(dx, self.x_dims), ())
+            rhs = [d.to(out.dtype) for d, out in zip(dx, point.pullback.outputs, strict=True)]
             if any(t is not None for t in dtheta):
-                moved = pushforward(self.f, wide_y, wide, [None if t is None else _widen([t])[0] for t in dtheta])
+                moved = pushforward(self.f, wide_y, wide, [None if t is None else widen([t])[0] for t in dtheta])
                 rhs = [r - m for r, m in zip(rhs, moved, strict=True)]
             dy = point.solve(rhs, transpose=False)
             return tuple(d.to(t.dtype) for d, t in zip(dy, y, strict=True))
 
-    def newton_step(self, y: Tensors, x: Tensors, theta: Tensors, *, frozen: bool) -> tuple[Tensor, ...]:
-        """y - A^-1 (r - r.detach()) with r = f(y, theta) - x: the value of y, and a derivative more.
+    # With r = f(y, theta) - x, one Newton step y - A^-1 (r - r.detach()) leaves the value of y as it is and
+    # makes its derivatives right up to order 2k + 1 where they were right up to order k.
+    def reattach(self, y: Tensors, x: Tensors, theta: Tensors, order: int) -> tuple[Tensor, ...]:
+        """y by as many Newton steps as the order asks for."""
+        right = 0
+        while right < order:
+            last = right + 1 >= order
+            y = self._newton_step(y, x, theta, frozen=last)
+            right = order if last else 2 * right + 1
+        return tuple(y)
 
-        `frozen` leaves out the derivative of A, which the last order asked for does not need.
-        """
-        point = _Point(self, _widen(y), _widen(theta), Layout.of(x, self.x_dims), ())
-        residual = [out - t for out, t in zip(point.pullback.outputs, x, strict=True)]
-        step = point.solve([r - r.detach() for r in residual], transpose=False, frozen=frozen)
-        return tuple(_step(t, d.to(t.dtype), residual) for t, d in zip(y, step, strict=True))
+    def _newton_step(self, y: Tensors, x: Tensors, theta: Tensors, *, frozen: bool) -> tuple[Tensor, ...]:
+        """`frozen` leaves out the derivative of A, which the last order asked for does not need."""
+        with _torch.full_precision(y[0]):
+            point = _Point(self, widen(y), widen(theta), Layout.of(x, self.x_dims), ())
+            residual = [out - t for out, t in zip(point.pullback.outputs, x, strict=True)]
+            step = point.solve([r - r.detach() for r in residual], transpose=False, frozen=frozen)
+            return tuple(move(t, -d.to(t.dtype), residual) for t, d in zip(y, step, strict=True))
 
 
 class _Point:
@@ -133,19 +174,19 @@ class _Point:
         return tuple(t.to(o.dtype) for t, o in zip(u, self.pullback.outputs, strict=True))
 
 
-def _step(y: Tensor, step: Tensor, residual: Tensors) -> Tensor:
-    """y - step, where the step is known to have the value zero.
+def move(y: Tensor, step: Tensor, live: Tensors) -> Tensor:
+    """y + step, where the step is known to have the value zero.
 
-    Where A is singular or y infinite the step is nan: there the value stays y and the derivative is nan
-    (sqrt|s| at s = 0), without touching the other samples.
+    Where the step is nan (A is singular, or y infinite), the value stays y and the derivative to
+    everything `live` is nan (that of sqrt|s| at s = 0), without touching the other samples.
     """
     defined = step.isfinite()
-    nothing = sum(torch.where(r.isfinite(), r, 0).abs().sum() for r in residual)
-    undefined = torch.where(defined, 1, (nothing - nothing.detach()).abs()).sqrt()
-    return torch.where(defined, y - step, y + undefined.to(y.dtype))
+    total = sum(torch.where(t.isfinite(), t, 0).abs().sum() for t in live)
+    undefined = torch.where(defined, 1, (total - total.detach()).abs()).sqrt()
+    return torch.where(defined, y + step, y + undefined.to(y.dtype))
 
 
-def _widen(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def widen(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Half precision in float32, everything else as it is."""
     return tuple(t.to(_WIDER.get(t.dtype, t.dtype)) for t in tensors)
 

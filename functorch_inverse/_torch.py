@@ -41,6 +41,7 @@ __all__ = [
     "derivative_order",
     "derivatives_possible",
     "forward_mode_again",
+    "forward_mode_available",
     "full_precision",
     "function_mode_active",
     "is_live",
@@ -142,6 +143,12 @@ def _forward_mode_again() -> Iterator[None]:
 def forward_mode_again() -> AbstractContextManager[None]:
     """Let the code of a `jvp` staticmethod be differentiated by outer levels."""
     return _forward_mode_again() if eager_transforms.JVP_NESTING else nullcontext()
+
+
+def forward_mode_available() -> bool:
+    """Whether torch.func.jvp can be opened here: not inside a plain dual level, and not under Dynamo."""
+    plain_level = forward_ad._current_level >= 0 and not eager_transforms.JVP_NESTING
+    return not torch.compiler.is_dynamo_compiling() and not plain_level
 
 
 def primal(tensor: Tensor | None) -> Tensor | None:

@@ -81,18 +81,22 @@ def event_dims(prefix: Tree, partition: Partition, tensors: Sequence[Tensor], ca
 
     `prefix` is None (all of them), an int, or a pytree prefix of those.
     """
-    if prefix is None or isinstance(prefix, int):
-        chosen: list[Any] = [prefix] * len(tensors)
-    else:
-        try:
-            spread = _spread(prefix, partition)
-        except ValueError as error:
-            raise StructureError(
-                f"`{caller}`: `{name}`={prefix!r} is not a prefix of {describe(partition.spec)}. "
-                "Give None, an int, or a tree of those that follows the structure from its root."
-            ) from error
-        chosen = [spread[i] for i in partition.places]
+    chosen = prefix_values(prefix, partition, caller, name)
     return tuple(_event_dim(dim, t, caller, name) for dim, t in zip(chosen, tensors, strict=True))
+
+
+def prefix_values(prefix: Tree, partition: Partition, caller: str, name: str) -> list[Any]:
+    """What a pytree prefix says of each chosen leaf."""
+    if prefix is None or isinstance(prefix, int):
+        return [prefix] * len(partition.places)
+    try:
+        spread = _spread(prefix, partition)
+    except ValueError as error:
+        raise StructureError(
+            f"`{caller}`: `{name}`={prefix!r} is not a prefix of {describe(partition.spec)}. "
+            "Give None, an int, or a tree of those that follows the structure from its root."
+        ) from error
+    return [spread[i] for i in partition.places]
 
 
 def _spread(prefix: Tree, partition: Partition) -> list[Any]:

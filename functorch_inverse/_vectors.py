@@ -13,7 +13,7 @@ from torch import Tensor
 
 from functorch_inverse.errors import StructureError
 
-__all__ = ["Layout", "batch_shape", "real_dtype", "same_precision"]
+__all__ = ["Layout", "batch_shape", "lead", "real_dtype", "same_precision"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ class Layout:
     def pack(self, leaves: Sequence[Tensor], batch: Sequence[int]) -> Tensor:
         """Leaves of shape (*batch, *event), or broadcasting to it, to a tensor (*batch, size)."""
         rows = zip(leaves, self.shapes, self.sizes, strict=True)
-        parts = [_real(leaf.expand(*batch, *shape), shape).reshape(*batch, size) for leaf, shape, size in rows]
+        parts = [_real(leaf.expand((*batch, *shape)), shape).reshape(*batch, size) for leaf, shape, size in rows]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def unpack(self, vector: Tensor) -> tuple[Tensor, ...]:
@@ -60,7 +60,7 @@ def _real(leaf: Tensor, shape: Sequence[int]) -> Tensor:
 def _leaf(vector: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     batch = vector.shape[:-1]
     if not dtype.is_complex:
-        return vector.reshape(*batch, *shape).to(dtype)
+        return vector.reshape((*batch, *shape)).to(dtype)
     pairs = vector.reshape(*batch, *shape, 2)
     return torch.complex(pairs[..., 0], pairs[..., 1]).to(dtype)
 
@@ -75,6 +75,20 @@ def batch_shape(leaves: Sequence[Tensor], event_dims: Sequence[int], caller: str
             "or None to make the whole input one sample."
         )
     return shapes.pop() if shapes else torch.Size()
+
+
+def lead(caller: str, x: Tensor, dim: int, batch: Sequence[int]) -> Tensor:
+    """x with all the batch dims of y; autograd sums over those it did not have."""
+    event = x.shape[x.ndim - dim :]
+    if x.shape == (*batch, *event):
+        return x
+    try:
+        return x.expand((*batch, *event))
+    except RuntimeError as error:
+        raise StructureError(
+            f"`{caller}`: x has the batch shape {tuple(x.shape[: x.ndim - dim])}, y = g(x) has {tuple(batch)}. g must "
+            "keep the batch dims of x (or broadcast them against its further arguments); check `event_dim`."
+        ) from error
 
 
 # torch.dtype.to_real and to_complex do not trace.

@@ -1,0 +1,125 @@
+"""The evidence is an inverse: f(g(x, *args), *args) = x."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functorch_inverse._attach import attach
+from functorch_inverse._call import Given, Problem, Values, merge
+from functorch_inverse._capture import Captured
+from functorch_inverse._check import check_residual
+from functorch_inverse._rules import ImplicitRule
+from functorch_inverse._tree import Partition, event_dims, is_differentiable, is_number
+from functorch_inverse._vectors import Layout, batch_shape, lead
+from functorch_inverse.errors import StructureError
+from functorch_inverse.linear_solvers import LinearSolver
+
+__all__ = ["InverseProblem"]
+
+Tensors = Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class InverseProblem(Problem):
+    """g with its inverse f as evidence."""
+
+    linear_solver: LinearSolver
+
+    def probe(self, given: Given, values: Values) -> Any:
+        """f at y, since it may be undefined at x."""
+        return self.evidence(values.y.join(values.tensors), *given.args.join(given.arg_tensors))
+
+    def attach(self, given: Given, values: Values, captured: Captured) -> tuple[Tensor, ...]:
+        """The leaves of y with the derivatives that f gives them."""
+        target, x = _target(given)
+        x_dims = event_dims(self.event_dim, target, x, self.caller, "event_dim")
+        y, y_dims = values.leaves, _y_dims(self, given, values)
+        batch = batch_shape(y, y_dims, self.caller, "y")
+        _check_sizes(self.caller, Layout.of(x, x_dims), Layout.of(y, y_dims))
+        x = tuple(lead(self.caller, t, d, batch) for t, d in zip(x, x_dims, strict=True))
+        theta = (*given.arg_tensors, *values.constants, *captured.tensors)
+        evidence = _Evidence(self, values.y, values.differentiable, given.args, captured, target)
+        if self.check:
+            got = evidence([t.detach() for t in y], [t.detach() for t in theta])
+            check_residual(self.caller, self.check, got, x, y, (x_dims, y_dims))
+        return attach(ImplicitRule(self.caller, evidence, y_dims, x_dims, self.linear_solver), y, x, theta)
+
+
+@dataclass(frozen=True, eq=False)
+class _Evidence:
+    """f on leaves: (y leaves, theta leaves) -> x leaves, where theta = (args, constants of y, captured)."""
+
+    problem: InverseProblem
+    y: Partition
+    differentiable: tuple[bool, ...]
+    args: Partition
+    captured: Captured
+    target: Partition
+
+    def __call__(self, y: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
+        n = len(self.args.places)
+        m = len(theta) - self.captured.count
+        everything = self.y.join(merge(self.differentiable, y, theta[n:m]))
+        with self.captured.running(theta[m:], known=(*y, *theta)):
+            result = self.problem.evidence(everything, *self.args.join(theta[:n]))
+        leaves = self.target.pick(result, self.problem.caller, "f(y, *args)")
+        _check_tensors(self.problem.caller, leaves)
+        return leaves
+
+
+def _check_tensors(caller: str, leaves: Sequence[Any]) -> None:
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            raise StructureError(
+                f"`{caller}`: f(y, *args) returned {type(leaf).__name__} where x has a tensor. f is what gets "
+                "differentiated: it must be made of torch operations and return tensors in x's structure."
+            )
+
+
+def _target(given: Given) -> tuple[Partition, tuple[Tensor, ...]]:
+    """The leaves of x that f must give back: the floating ones, or all numbers where none is."""
+    tree = given.x.join(given.x_tensors)
+    target, x = Partition.of(tree, is_differentiable)
+    if x:
+        return target, x
+    target, numbers = Partition.of(tree, is_number)
+    return target, tuple(torch.as_tensor(n) for n in numbers)
+
+
+def _y_dims(problem: InverseProblem, given: Given, values: Values) -> tuple[int, ...]:
+    _check_integers(problem.caller, given, values)
+    prefix, name = problem.out_event_dim, "out_event_dim"
+    if prefix is None:
+        prefix, name = problem.event_dim, "event_dim` (also for y, as there is no `out_event_dim`), `event_dim"
+    dims = event_dims(prefix, values.y, values.tensors, problem.caller, name)
+    return tuple(d for d, floating in zip(dims, values.differentiable, strict=True) if floating)
+
+
+def _check_integers(caller: str, given: Given, values: Values) -> None:
+    """An integer leaf of y must be one that x passes through."""
+    integers = {p: t for p, t in zip(values.y.places, values.tensors, strict=True) if not is_differentiable(t)}
+    if not integers or values.y.spec == given.x.spec and not integers.keys() & set(_target(given)[0].places):
+        return
+    arrived = ", ".join(f"{t.dtype} of shape {tuple(t.shape)}" for t in integers.values())
+    raise StructureError(
+        f"`{caller}`: g returned {arrived}; an integer has no derivative. Return floating numbers (in NumPy: "
+        ".astype(float)), or hand integers over as aux with has_aux=True."
+    )
+
+
+def _check_sizes(caller: str, x: Layout, y: Layout) -> None:
+    if x.size == y.size:
+        return
+    more = (
+        "More outputs than inputs: f(g(x)) = x does not determine the derivative of g"
+        if y.size > x.size
+        else "Fewer outputs than inputs: f(g(x)) = x cannot hold around x"
+    )
+    raise StructureError(
+        f"`{caller}`: one sample of x has {x.size} real numbers (event shapes {list(x.shapes)}), one of y has {y.size} "
+        f"({list(y.shapes)}). {more}. Give g and f equally many, state the missing equations in f, or describe the "
+        "samples by `event_dim` and `out_event_dim`."
+    )
