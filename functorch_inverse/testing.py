@@ -1,0 +1,142 @@
+"""The laws of this package as callables, for the tests of its users."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functorch_inverse._tree import Partition, Tree, is_differentiable
+from functorch_inverse._vectors import real_dtype
+from functorch_inverse.custom import custom_inverse
+from functorch_inverse.errors import DerivativeError
+from functorch_inverse.linear_solvers import LinearSolver
+
+__all__ = ["check_derivatives", "check_inverse"]
+
+
+def check_inverse(
+    g: Callable[..., Any],
+    f: Callable[..., Any],
+    x: Tree,
+    *args: Tree,
+    event_dim: Tree = None,
+    out_event_dim: Tree = None,
+    linear_solver: LinearSolver | None = None,
+    has_aux: bool = False,
+    rtol: float | None = None,
+    step: float | None = None,
+) -> None:
+    r"""Assert that f is the inverse of g, and that it gives g the right derivatives.
+
+    .. math:: f(g(x, \theta), \theta) = x, \qquad
+              J_g\,d = \frac{-g(x + 2hd) + 8 g(x + hd) - 8 g(x - hd) + g(x - 2hd)}{12 h} + O(h^4)
+
+    for one random direction d through x and all floating arguments at once. A wrong derivative to an
+    argument, or samples that f lets influence each other, show as well as a wrong f.
+
+    Args:
+        g: the black box; called five times.
+        f: its inverse, as for `custom_inverse`.
+        x: where to look, and args with it; tensors or pytrees of tensors.
+        event_dim, out_event_dim, linear_solver, has_aux: as for `custom_inverse`.
+        rtol: relative tolerance of the derivative; eps^(1/3) of the dtype unless given. A g that
+            converges to n digits allows about n - 3.
+        step: h, relative to the size of each number; eps^(1/5) unless given.
+
+    Raises:
+        ResidualError: f(g(x)) is not x; names the worst sample.
+        DerivativeError: the derivatives disagree; says in which output and by how much.
+
+    Example:
+        >>> x = torch.linspace(-0.5, 0.5, 5, dtype=torch.float64)
+        >>> check_inverse(lambda x: x.numpy().clip(-1, 1), lambda y: y, x)
+
+    Source of the stencil: Fornberg, Generation of Finite Difference Formulas on Arbitrarily Spaced
+    Grids (1988), table 1.
+    """
+    options = {"event_dim": event_dim, "out_event_dim": out_event_dim, "linear_solver": linear_solver}
+    checked = custom_inverse(g, f, check=True, has_aux=has_aux, **options)
+
+    def values(*inputs: Tree) -> Tree:
+        y = checked(*inputs)
+        return y[0] if has_aux else y
+
+    with torch.no_grad():
+        values(x, *args)
+    check_derivatives(values, x, *args, rtol=rtol, step=step)
+
+
+def check_derivatives(
+    fn: Callable[..., Tree], *args: Tree, order: int = 1, rtol: float | None = None, step: float | None = None
+) -> None:
+    r"""Assert that forward and reverse mode agree with finite differences of the values.
+
+    Along a random direction d, J d by forward mode is compared with a central difference of order 4, and
+    with reverse mode through :math:`\langle v, J d \rangle = \langle J^T v, d \rangle`.
+
+    Args:
+        fn: a function of tensors, or pytrees of tensors, to the same.
+        args: where to look.
+        order: how often to differentiate; the derivative of order n is checked against differences of that
+            of order n - 1.
+        rtol: relative tolerance, eps^(1/3) of the dtype unless given.
+        step: relative step, eps^(1/5) of the dtype unless given.
+
+    Raises:
+        DerivativeError: the derivatives disagree.
+    """
+    partition, inputs = Partition.of(args, is_differentiable)
+    inputs = tuple(t.detach() for t in inputs)
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    directions = tuple(_random(t, generator) for t in inputs)
+
+    def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return Partition.of(fn(*partition.join(tensors)), is_differentiable)[1]
+
+    eps = max(torch.finfo(real_dtype(t.dtype)).eps for t in inputs)
+    _compare(flat, inputs, directions, rtol or eps ** (1 / 3), step or eps ** (1 / 5))
+    if order > 1:
+        check_derivatives(
+            lambda *tensors: torch.func.jvp(flat, tensors, directions)[1], *inputs, order=order - 1, rtol=rtol, step=step
+        )
+
+
+def _random(like: Tensor, generator: torch.Generator) -> Tensor:
+    """A direction in which each number moves in proportion to its size, or to the typical one."""
+    noise = torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
+    typical = like.abs().mean() if like.numel() else 1
+    return noise * (like.abs() + typical + (typical == 0))
+
+
+def _compare(
+    fn: Callable[..., tuple[Tensor, ...]], inputs: Any, directions: Any, rtol: float, step: float
+) -> None:
+    def at(h: float) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return fn(*(t + h * d for t, d in zip(inputs, directions, strict=True)))
+
+    _, forward = torch.func.jvp(fn, inputs, directions)
+    values, pull = torch.func.vjp(fn, *inputs)
+    stencil = zip(at(-2 * step), at(-step), at(step), at(2 * step), strict=True)
+    numeric = [(8 * (b - a) - (bb - aa)) / (12 * step) for aa, a, b, bb in stencil]
+    for i, (got, expected, value) in enumerate(zip(forward, numeric, values, strict=True)):
+        scale = expected.abs().max() + value.abs().max() if value.numel() else 1
+        _agree(f"forward mode in output {i}", (got - expected).abs().max() / scale if value.numel() else 0, rtol)
+    ours = _inner(values, forward)
+    theirs = _inner(pull(values), directions)
+    _agree("reverse mode", abs(ours - theirs) / (abs(ours) + abs(theirs) + _inner(values, values) ** 0.5), rtol)
+
+
+def _inner(a: Any, b: Any) -> float:
+    return sum(float((x.conj() * y).real.sum()) for x, y in zip(a, b, strict=True))
+
+
+def _agree(what: str, error: Any, rtol: float) -> None:
+    if not error <= rtol:
+        raise DerivativeError(
+            f"the derivative by {what} differs from finite differences of the values by {float(error):.3g} relative, "
+            f"{rtol:.3g} is allowed. Either the evidence (f, residual, Jacobian) does not belong to the function, or it "
+            "lets samples influence each other that event_dim calls independent, or the values are too noisy for this "
+            "`step`."
+        )

@@ -1,0 +1,94 @@
+"""no_grad, inference_mode, autocast, anomaly mode and deterministic mode."""
+
+import pytest
+import torch
+from helpers import RELATIVE_ERROR, assert_close, assert_close_to_exact, every_problem, live, loss, some_problems, total
+
+
+@every_problem
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_values_without_grad(problem, mode):
+    def transform(h, inputs):
+        with mode():
+            y = h(*live(inputs))
+        assert not any(t.requires_grad for t in y)
+        return y
+
+    assert_close_to_exact(transform, problem)
+
+
+@every_problem
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_vmap_without_grad(problem, mode):
+    def transform(h, inputs):
+        with mode():
+            return torch.vmap(h)(*inputs)
+
+    assert_close_to_exact(transform, problem, problem.stacked(2))
+
+
+@some_problems
+def test_inference_tensors_as_inputs(problem):
+    """An inference tensor can be no input of autograd; its values can, and other inputs can be live."""
+    with torch.inference_mode():
+        made = tuple(t + 0 for t in problem.inputs())
+
+    def transform(h, inputs):
+        return h(*made)
+
+    assert_close_to_exact(transform, problem)
+
+
+@every_problem
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_around_everything(problem, dtype):
+    """matmul would run in half precision there; the derivative of a black box does not."""
+    want = _second(problem.closed_form(), problem.inputs())
+    with torch.autocast(problem.inputs()[0].device.type, dtype=dtype):
+        got = _second(problem.custom(), problem.inputs())
+    assert_close(got, want, RELATIVE_ERROR)
+
+
+def _second(h, inputs):
+    inputs = live(inputs)
+    first = torch.autograd.grad(loss(h)(*inputs), inputs, create_graph=True)
+    return first, torch.autograd.grad(total(first), inputs)
+
+
+@every_problem
+def test_autocast_around_transforms(problem):
+    jacobians = lambda h: torch.func.jacfwd(torch.func.jacrev(h))(*problem.inputs())  # noqa: E731
+    want = jacobians(problem.closed_form())
+    with torch.autocast(problem.inputs()[0].device.type, dtype=torch.bfloat16):
+        got = jacobians(problem.custom())
+    assert_close(got, want, RELATIVE_ERROR)
+
+
+@some_problems
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_anomaly_mode(problem):
+    def transform(h, inputs):
+        with torch.autograd.detect_anomaly():
+            return _second(h, inputs)
+
+    assert_close_to_exact(transform, problem)
+
+
+@some_problems
+def test_multithreading_switched_off(problem):
+    def transform(h, inputs):
+        with torch.autograd.set_multithreading_enabled(False):
+            return _second(h, inputs)
+
+    assert_close_to_exact(transform, problem)
+
+
+@some_problems
+def test_default_device_mode(problem):
+    """torch.device as a context is a torch function mode, like those that watch what f reads."""
+
+    def transform(h, inputs):
+        with inputs[0].device:
+            return _second(h, inputs)
+
+    assert_close_to_exact(transform, problem)
