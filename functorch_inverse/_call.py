@@ -10,7 +10,7 @@ from torch import Tensor
 from functorch_inverse import _torch
 from functorch_inverse._capture import Captured, Reach, is_open, watch
 from functorch_inverse._tree import Partition, Tree, event_dims, is_differentiable, prefix_values
-from functorch_inverse._values import BlackBox, Outcome, VmapMethod, evaluate
+from functorch_inverse._values import BlackBox, Loop, Outcome, VmapMethod, evaluate
 from functorch_inverse.errors import NoDerivativeError
 
 __all__ = ["Given", "Problem", "Values", "live", "merge", "solve"]
@@ -18,18 +18,19 @@ __all__ = ["Given", "Problem", "Values", "live", "merge", "solve"]
 Tensors = Sequence[Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Problem:
     """A black box g(x, *args, **kwargs), and a differentiable function that is evidence of its derivative."""
 
     caller: str
     g: Callable[..., Any]
-    evidence: Callable[..., Any]
-    event_dim: Tree
-    out_event_dim: Tree
-    vmap_method: VmapMethod | None
-    has_aux: bool
-    check: bool | float
+    evidence: Callable[..., Any] | None = None
+    event_dim: Tree = None
+    out_event_dim: Tree = None
+    vmap_method: VmapMethod | None = None
+    has_aux: bool = False
+    check: bool | float = False
+    loop: Loop = Loop()
 
     def refuse_lost(self, given: "Given") -> None:
         """NoDerivativeError where a derivative flows into something that the evidence says nothing about."""
@@ -90,7 +91,7 @@ class Given:
 
 def _eager(problem: Problem, given: Given) -> Tree:
     if not (_torch.derivatives_possible() or problem.check):
-        return _evaluate(problem, given, Captured.nothing()).result()
+        return _evaluate(problem, given).result()
     if live(given.kwarg_tensors):
         _refuse_live_keyword(problem.caller)
     problem.refuse_lost(given)
@@ -98,8 +99,8 @@ def _eager(problem: Problem, given: Given) -> Tree:
     captured = Captured.of(reach, wanted)
     surely_dead = reach.complete and not captured.count and not live((*given.x_tensors, *given.arg_tensors))
     if surely_dead and not (problem.check or _torch.transforms_active()):
-        return _evaluate(problem, given, Captured.nothing()).result()
-    values = _evaluate(problem, given, Captured.of(Reach.of(problem.g), is_open))
+        return _evaluate(problem, given).result()
+    values = _evaluate(problem, given)
     if not reach.complete:
         captured = Captured.of(reach, wanted, _watched(problem, given, values, captured))
     if not (problem.check or live((*given.x_tensors, *given.arg_tensors, *captured.tensors))):
@@ -116,7 +117,7 @@ def _traced(problem: Problem, given: Given) -> Tree:
         )
     if any(t.requires_grad for t in given.kwarg_tensors):
         _refuse_live_keyword(problem.caller)
-    values = _evaluate(problem, given, Captured.nothing())
+    values = _evaluate(problem, given)
     if not _torch.traced_derivatives_possible():
         return values.result()
     return values.result(problem.attach(given, values, Captured.nothing()))
@@ -191,7 +192,9 @@ def merge(first: Sequence[bool], yes: Tensors, no: Tensors) -> list[Tensor]:
     return [next(ones) if flag else next(others) for flag in first]
 
 
-def _evaluate(problem: Problem, given: Given, captured: Captured) -> Values:
+def _evaluate(problem: Problem, given: Given) -> Values:
+    tracing = torch.compiler.is_dynamo_compiling()
+    captured = Captured.nothing() if tracing else Captured.of(Reach.of(problem.g), is_open)
     part, x = Partition.of(given.x.join(given.x_tensors), is_differentiable)
     dims = event_dims(problem.event_dim, part, x, problem.caller, "event_dim")
     # A leaf without an event dim beside leaves with one is shared by all samples, like a further argument.
@@ -209,6 +212,7 @@ def _evaluate(problem: Problem, given: Given, captured: Captured) -> Values:
         batch_dims=tuple(t.ndim - d for t, d in zip(x, dims, strict=True)),
         like=given.like,
         outcome=Outcome(),
+        loop=problem.loop,
     )
     outputs = evaluate(box, (*given.tensors, *captured.tensors))
     return _unpack(box, outputs)

@@ -87,7 +87,7 @@ def _table(points: int) -> list[tuple[float, float]]:
 _GAUSS_LEGENDRE = [_table(m) for m in range(1, 9)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class JacobianProblem(Problem):
     """g with its Jacobian with respect to x as evidence."""
 

@@ -22,7 +22,7 @@ __all__ = ["InverseProblem"]
 Tensors = Sequence[Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class InverseProblem(Problem):
     """g with its inverse f as evidence."""
 

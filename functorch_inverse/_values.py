@@ -1,6 +1,9 @@
 """The values of a black box: plain tensors in, plain tensors out, batched by `vmap_method`."""
 
+import functools
+import itertools
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -11,11 +14,11 @@ from torch.overrides import handle_torch_function
 
 from functorch_inverse import _torch
 from functorch_inverse._capture import Captured
-from functorch_inverse._tree import Partition, Tree, flatten, is_differentiable
+from functorch_inverse._tree import Partition, Tree, describe, is_differentiable
 from functorch_inverse._vectors import same_precision
-from functorch_inverse.errors import StructureError
+from functorch_inverse.errors import BlackBoxError, StructureError
 
-__all__ = ["BlackBox", "VmapMethod", "check_vmap_method", "evaluate"]
+__all__ = ["BlackBox", "Loop", "Outcome", "VmapMethod", "check_vmap_method", "evaluate", "is_array", "run_through"]
 
 VmapMethod: TypeAlias = Literal["sequential", "broadcast", "vmap"]
 
@@ -26,6 +29,14 @@ def check_vmap_method(caller: str, method: str | None) -> None:
         raise ValueError(f"`{caller}`: `vmap_method` is {method!r}; choose 'sequential', 'broadcast', 'vmap' or None.")
 
 
+@dataclass(frozen=True)
+class Loop:
+    """How the calls of a "sequential" batch are made: by a pool of threads, with a progress bar."""
+
+    threads: int | None = None
+    progress: bool = False
+
+
 @dataclass
 class Outcome:
     """What a call found out about the structure of its results; filled while g runs."""
@@ -34,14 +45,15 @@ class Outcome:
     aux: Partition | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class BlackBox:
     """One call of g, as a function of all the tensors that it reads.
 
-    With `x_only`, "broadcast" holds while only x is batched, and other levels go one by one.
     `call` takes the given tensors; the rest are those that g captures. `x_places` are the places of x among
     them, `batch_dims` counts the leading dims of each leaf of x that are no part of a sample, and `like`
-    sets the device and the precision of y.
+    sets the device and the precision of y. With `x_only`, "broadcast" holds while only x is batched, and
+    other levels go one by one. `levels` are the vmapped dims that "sequential" runs through, outermost
+    first: which tensors have them, and how long they are.
     """
 
     caller: str
@@ -54,13 +66,15 @@ class BlackBox:
     batch_dims: tuple[int, ...]
     like: Tensor | None
     outcome: Outcome
+    loop: Loop
     batched_as: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
+    levels: tuple[tuple[tuple[bool, ...], int], ...] = ()
     tensors_only: bool = False
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The leaves of y and the tensors of aux."""
         function = self._call if self.batched_as is None else self.batched_as(self._call)
-        return function(*tensors)
+        return run_through(self, function, tensors) if self.levels else function(*tensors)
 
     def _call(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         given = len(tensors) - self.captured.count
@@ -71,26 +85,32 @@ class BlackBox:
     def unpack(self, result: Any, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The tensors in what g returned for given tensors; `outcome` keeps the structure."""
         y, aux = split_aux(self.caller, result, self.has_aux)
-        self.outcome.y, leaves = self._outputs(y, tensors)
+        part, leaves = self._outputs(y, tensors)
+        self._note("y", part)
         if not self.has_aux:
             return leaves
-        if self.tensors_only:
-            aux = _numbers_to_tensors(aux)
-        self.outcome.aux, extra = Partition.of(aux)
+        part, extra = Partition.of(_numbers_to_tensors(aux) if self.tensors_only else aux)
+        self._note("aux", part)
         return (*leaves, *(t.detach() for t in extra))
 
+    def _note(self, what: str, part: Partition) -> None:
+        before = getattr(self.outcome, what)
+        if self.levels and before is not None and before.spec != part.spec:
+            raise StructureError(
+                f"it returned {what} with the structure {describe(part.spec)}, and {describe(before.spec)} for an "
+                "earlier sample; all samples must give the same"
+            )
+        setattr(self.outcome, what, part)
+
     def _outputs(self, y: Tree, inputs: Sequence[Tensor]) -> tuple[Partition, tuple[Tensor, ...]]:
-        leaves, spec = flatten(y)
-        places = tuple(i for i, leaf in enumerate(leaves) if _is_array(leaf))
-        mould = tuple(None if i in places else leaf for i, leaf in enumerate(leaves))
-        taken = {t.untyped_storage().data_ptr() for t in inputs if _has_storage(t)}
-        tensors = tuple(self._output(leaves[i], taken) for i in places)
-        if not tensors:
+        part, arrays = Partition.of(torch.as_tensor(y) if isinstance(y, float | complex) else y, is_array)
+        if not arrays:
             raise StructureError(
                 f"`{self.caller}`: g returned {type(y).__name__} without any tensor or array in it. Return the value "
                 "y as a tensor, a floating NumPy array, or a pytree of those."
             )
-        return Partition(spec, mould, places), tensors
+        taken = {t.untyped_storage().data_ptr() for t in inputs if _has_storage(t)}
+        return part, tuple(self._output(leaf, taken) for leaf in arrays)
 
     def _output(self, leaf: Any, taken: set[int]) -> Tensor:
         array = not isinstance(leaf, Tensor)
@@ -109,7 +129,8 @@ def _has_storage(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided and tensor.numel() > 0
 
 
-def _is_array(leaf: Any) -> bool:
+def is_array(leaf: Any) -> bool:
+    """A tensor or a NumPy array or number."""
     return isinstance(leaf, Tensor) or (hasattr(leaf, "__array_interface__") and hasattr(leaf, "dtype"))
 
 
@@ -127,8 +148,71 @@ def split_aux(caller: str, result: Any, has_aux: bool) -> tuple[Tree, Tree]:
 
 def _numbers_to_tensors(aux: Tree) -> Tree:
     """Under vmap every number becomes a tensor, so that samples can be stacked."""
-    partition, leaves = Partition.of(aux, lambda leaf: _is_array(leaf) or isinstance(leaf, bool | int | float | complex))
+    partition, leaves = Partition.of(aux, lambda leaf: is_array(leaf) or isinstance(leaf, bool | int | float | complex))
     return partition.join([torch.as_tensor(leaf) for leaf in leaves])
+
+
+def run_through(box: BlackBox, function: Callable[..., Any], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """One call for each sample of all the levels, stacked."""
+    sizes = tuple(size for _, size in box.levels)
+    indices = list(itertools.product(*map(range, sizes)))
+    if not indices:
+        refuse_empty(box.caller)
+
+    def call(index: tuple[int, ...]) -> tuple[Tensor, ...]:
+        try:
+            return function(*_sample(box, tensors, index))
+        except Exception as error:
+            raise _sample_error(box, index, error) from error
+
+    rows = _map(call, indices, box)
+    for index, row in zip(indices, rows, strict=True):
+        shapes, first = [tuple(t.shape) for t in row], [tuple(t.shape) for t in rows[0]]
+        if shapes != first:
+            raise StructureError(f"{_where(box, index)} it returned shapes {shapes}, and {first} for the first sample.")
+    return tuple(torch.stack(column).unflatten(0, sizes) for column in zip(*rows, strict=True))
+
+
+def _map(call: Callable[[Any], Any], indices: list[tuple[int, ...]], box: BlackBox) -> list[Any]:
+    bar: Any = iter
+    if box.loop.progress:
+        bar = functools.partial(_progress(box.caller), total=len(indices), desc=box.caller)
+    if box.loop.threads is None:
+        return list(bar(map(call, indices)))
+    with ThreadPoolExecutor(box.loop.threads) as pool:
+        return list(bar(pool.map(call, indices)))
+
+
+def _progress(caller: str) -> Any:
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError(f"`{caller}`: progress=True shows a bar by tqdm, which is not installed: pip install tqdm.") from error
+    return tqdm
+
+
+def _sample(box: BlackBox, tensors: Sequence[Tensor], index: tuple[int, ...]) -> list[Tensor]:
+    sample = list(tensors)
+    for (batched, _), i in zip(box.levels, index, strict=True):
+        sample = [t[i] if b else t for t, b in zip(sample, batched, strict=True)]
+    return sample
+
+
+def _where(box: BlackBox, index: tuple[int, ...]) -> str:
+    return f"`{box.caller}`: in sample {index if len(index) > 1 else index[0]} of the vmapped batch (outermost dim first),"
+
+
+def _sample_error(box: BlackBox, index: tuple[int, ...], error: Exception) -> Exception:
+    kind = StructureError if isinstance(error, StructureError) else BlackBoxError
+    return kind(f"{_where(box, index)} the function raised {type(error).__name__}: {error}")
+
+
+def refuse_empty(caller: str) -> None:
+    """An empty vmapped batch makes no call, so nothing is known of the results."""
+    raise StructureError(
+        f"`{caller}`: vmap over an empty batch needs a call of the function to know its shapes. Use "
+        "vmap_method='broadcast' or 'vmap', or `event_dim` with leading batch dims."
+    )
 
 
 def evaluate(box: BlackBox, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -167,10 +251,13 @@ class _Values(Function):
         moved = [t if d is None else t.movedim(d, 0) for t, d in zip(tensors, dims, strict=True)]
         if box.method == "vmap":
             results = _Values.apply(_vmapped(box, batched, info.randomness), *moved)
-        elif box.method == "broadcast" and _can_broadcast(box, moved, batched):
+        elif box.method == "sequential":
+            level = (tuple(batched), info.batch_size)
+            results = _Values.apply(replace(box, levels=(level, *box.levels)), *moved)
+        elif _can_broadcast(box, moved, batched):
             results = _broadcast(box, moved, batched, info.batch_size)
         else:
-            results = _one_by_one(box, moved, batched, info.batch_size)
+            results = _sample_by_sample(box, moved, batched, info.batch_size)
         return results, (0,) * len(results)
 
 
@@ -193,8 +280,8 @@ def _can_broadcast(box: BlackBox, tensors: Sequence[Tensor], batched: Sequence[b
     others = [(t, b) for i, (t, b) in enumerate(zip(tensors, batched, strict=True)) if i not in box.x_places]
     if any(b for _, b in others):
         return not (box.x_only or any(box.batch_dims))
-    surplus = _surplus(box, tensors, batched)
-    return all(1 not in t.shape[: max(0, t.ndim - _sample_dims(box, tensors, batched))] for t, _ in others) or not surplus
+    surplus, fewest = _surplus(box, tensors, batched), _sample_dims(box, tensors, batched)
+    return not surplus or all(1 not in t.shape[: max(0, t.ndim - fewest)] for t, _ in others)
 
 
 def _sample_dims(box: BlackBox, tensors: Sequence[Tensor], batched: Sequence[bool]) -> int:
@@ -221,12 +308,10 @@ def _broadcast(box: BlackBox, tensors: Sequence[Tensor], batched: Sequence[bool]
     return tuple(t.squeeze(unused) if t.ndim > ones else t for t in results)
 
 
-def _one_by_one(box: BlackBox, tensors: Sequence[Tensor], batched: Sequence[bool], size: int) -> tuple[Tensor, ...]:
-    if size == 0:
-        raise StructureError(
-            f"`{box.caller}`: vmap over an empty batch needs a call of g to know its shapes. Use "
-            "vmap_method='broadcast' or 'vmap', or `event_dim` with leading batch dims."
-        )
+def _sample_by_sample(box: BlackBox, tensors: Sequence[Tensor], batched: Sequence[bool], size: int) -> tuple[Tensor, ...]:
+    """Each sample as a call of its own at the next level, where it may be batched in another way."""
+    if not size:
+        refuse_empty(box.caller)
     columns = [t.unbind(0) if b else (t,) * size for t, b in zip(tensors, batched, strict=True)]
     rows = [_Values.apply(box, *row) for row in zip(*columns, strict=True)]
     return tuple(torch.stack(column) for column in zip(*rows, strict=True))

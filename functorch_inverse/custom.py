@@ -55,11 +55,23 @@ def custom_inverse(
     solver = LU() if linear_solver is None else linear_solver
     if not hasattr(solver, "factorise"):
         raise ValueError(f"`{caller}`: `linear_solver` is {solver!r}; choose LU() or an object with its methods.")
-    return CustomInverse(InverseProblem(caller, g, f, event_dim, out_event_dim, vmap_method, has_aux, check, solver))
+    return CustomInverse(
+        InverseProblem(
+            caller=caller,
+            g=g,
+            evidence=f,
+            event_dim=event_dim,
+            out_event_dim=out_event_dim,
+            vmap_method=vmap_method,
+            has_aux=has_aux,
+            check=check,
+            linear_solver=solver,
+        )
+    )
 
 
 @dataclass(frozen=True)
-class _Chosen:
+class Chosen:
     """A function of the chosen arguments first, of the others after them."""
 
     function: Callable[..., Any]
@@ -113,8 +125,15 @@ def custom_jacobian(
     check_callables(caller, fn=fn, jacobian=jacobian)
     check_vmap_method(caller, vmap_method)
     check_argnums(caller, argnums)
-    g, evidence = _Chosen(fn, argnums), _Chosen(jacobian, argnums)
-    problem = JacobianProblem(caller, g, evidence, event_dim, out_event_dim, vmap_method, has_aux, False)
+    problem = JacobianProblem(
+        caller=caller,
+        g=Chosen(fn, argnums),
+        evidence=Chosen(jacobian, argnums),
+        event_dim=event_dim,
+        out_event_dim=out_event_dim,
+        vmap_method=vmap_method,
+        has_aux=has_aux,
+    )
     return CustomJacobian(problem, fn, argnums)
 
 

@@ -3,6 +3,7 @@
 import torch
 
 __all__ = [
+    "BlackBoxError",
     "DerivativeError",
     "FunctorchInverseError",
     "NoDerivativeError",
@@ -26,6 +27,10 @@ class SingularJacobianError(FunctorchInverseError, torch.linalg.LinAlgError):
 
 class NoDerivativeError(FunctorchInverseError, RuntimeError):
     """A derivative was asked for that nothing is known about, or that would be lost."""
+
+
+class BlackBoxError(FunctorchInverseError, RuntimeError):
+    """A black box raised an error under one sample of a batch; the text names the sample."""
 
 
 class ResidualError(FunctorchInverseError, ValueError):

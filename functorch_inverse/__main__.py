@@ -1,0 +1,258 @@
+"""python -m functorch_inverse: two real black boxes differentiated, and what composes on the torch installed here.
+
+Exit status 0 only if every derivative agrees with finite differences and every composition with its closed form.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
+
+from functorch_inverse.custom import custom_inverse
+
+__all__ = ["COLUMNS", "EXAMPLES", "Column", "Example", "main"]
+
+Function: TypeAlias = Callable[..., Any]
+Report: TypeAlias = dict[str, Any]
+
+
+def _tensor(*numbers: Any) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+# --- two black boxes, and their inverses in torch --------------------------------------------------
+
+
+def arm_angles(x: Tensor, lengths: Tensor) -> np.ndarray:
+    """Inverse kinematics: the two joint angles that put the hand of a planar arm at x."""
+    p, (l1, l2) = x.numpy(), lengths.numpy()
+    elbow = np.arccos(((p**2).sum(-1) - l1**2 - l2**2) / (2 * l1 * l2))
+    shoulder = np.arctan2(p[..., 1], p[..., 0]) - np.arctan2(l2 * np.sin(elbow), l1 + l2 * np.cos(elbow))
+    return np.stack([shoulder, elbow], -1)
+
+
+def arm_hand(q: Tensor, lengths: Tensor) -> Tensor:
+    """Forward kinematics: where the hand is."""
+    directions = q.cumsum(-1)
+    return torch.stack([(lengths * directions.cos()).sum(-1), (lengths * directions.sin()).sum(-1)], -1)
+
+
+def lambert_w(x: Tensor) -> np.ndarray:
+    """The principal branch of w e^w = x by Halley's iteration."""
+    target = x.numpy()
+    w = np.log1p(target)
+    for _ in range(20):
+        residual = w * np.exp(w) - target
+        w = w - residual / (np.exp(w) * (w + 1) - (w + 2) * residual / (2 * w + 2))
+    return w
+
+
+@dataclass(frozen=True)
+class Example:
+    """A black box g with its inverse f, samples x and further arguments; `letters` are those of y, x and args."""
+
+    name: str
+    letters: tuple[str, ...]
+    g: Function
+    f: Function
+    x: Tensor
+    args: tuple[Tensor, ...] = ()
+    order: int = 1
+
+
+EXAMPLES = (
+    Example(
+        "Inverse kinematics of a planar arm by NumPy: joint angles q, hand at x, links of length l", ("q", "x", "l"),
+        arm_angles, arm_hand, _tensor([1.2, 0.5], [-0.4, 1.1], [0.3, -0.9]), (_tensor(1.0, 0.7),),
+    ),
+    Example(
+        "Lambert's W by Halley's iteration in NumPy", ("W", "x"),
+        lambert_w, lambda w: w * w.exp(), _tensor(-0.3, 0.1, 1.0, 10.0, 1000.0), order=2,
+    ),
+)  # fmt: skip
+
+
+# --- their derivatives beside finite differences ---------------------------------------------------
+
+_AGREEMENT = 1e-6  # what second differences still reach
+
+
+def derivatives(example: Example) -> Iterator[Report]:
+    """Every number of every derivative: ours, that of finite differences, their error relative to the Jacobian."""
+    ours = custom_inverse(example.g, example.f, event_dim=example.x.ndim - 1)
+    in_dims = (0, *(None for _ in example.args))
+    for order in range(1, example.order + 1):
+        for argnum, letter in enumerate(example.letters[1:]):
+            got = vmap(_repeat(jacrev, ours, argnum, order), in_dims)(example.x, *example.args)
+            differences = _repeat(_differences, example.g, argnum, order)
+            want = torch.stack([differences(x, *example.args) for x in example.x])
+            yield from _numbers(example, (example.letters[0], *(letter,) * order), got, want)
+
+
+def _repeat(transform: Function, function: Function, argnum: int, order: int) -> Function:
+    return function if not order else transform(_repeat(transform, function, argnum, order - 1), argnum)
+
+
+def _differences(function: Function, argnum: int) -> Function:
+    """The Jacobian of one sample by the central stencil of five points, (*out_event, *in_event)."""
+
+    def jacobian(*inputs: Tensor) -> Tensor:
+        t = inputs[argnum]
+        h = 5e-4 * t.abs().max().clamp(min=0.1)
+
+        def at(step: Tensor) -> Tensor:
+            return torch.as_tensor(function(*inputs[:argnum], t + step, *inputs[argnum + 1 :]))
+
+        steps = h * torch.eye(t.numel(), dtype=t.dtype).reshape(-1, *t.shape)
+        columns = [(8 * (at(s) - at(-s)) - (at(2 * s) - at(-2 * s))) / (12 * h) for s in steps]
+        return torch.stack(columns, -1).reshape(*columns[0].shape, *t.shape)
+
+    return jacobian
+
+
+def _numbers(example: Example, letters: Sequence[str], got: Tensor, want: Tensor) -> Iterator[Report]:
+    for x, ours, theirs in zip(example.x.tolist(), got, want, strict=True):
+        for index in np.ndindex(*ours.shape):
+            a, b = ours[index].item(), theirs[index].item()
+            error = abs(a - b) / theirs.abs().max().item()
+            numbers = {"value": a, "finite_difference": b, "error": error, "right": error < _AGREEMENT}
+            yield {"x": x, "derivative": _label(letters, index), **numbers}
+
+
+def _label(letters: Sequence[str], index: Sequence[int]) -> str:
+    """dq2/dx1 for the parts of vectors, d2W/dx2 for numbers."""
+    y, x, order = letters[0], letters[1], len(letters) - 1
+    if index:
+        return f"d{y}{index[0] + 1}/" + "".join(f"d{x}{i + 1}" for i in index[1:])
+    return f"d{y}/d{x}" if order == 1 else f"d{order}{y}/d{x}{order}"
+
+
+# --- the composition table -------------------------------------------------------------------------
+
+_EXACT = 1e-9
+_W = np.array([[3.0, 0.5, -0.4], [0.9, 2.5, 0.3], [-0.2, 0.7, 2.0]])
+_C = _tensor(1.0, 1.3, 0.8)
+_X = _tensor([0.3, -0.8, 1.1], [0.9, 0.2, -0.5])
+
+
+@dataclass(frozen=True)
+class Column:
+    """f(y, c) = W sinh(c y), differentiated with respect to x (three numbers) or, for `theta`, to c."""
+
+    name: str
+    event_dim: int | None
+    x: Tensor
+    w: np.ndarray
+    theta: bool = False
+
+    def g(self, x: Tensor, c: Tensor) -> np.ndarray:
+        """The black box."""
+        return np.arcsinh(x.numpy() @ np.linalg.inv(self.w).T) / c.numpy()
+
+    def f(self, y: Tensor, c: Tensor) -> Tensor:
+        """Its inverse."""
+        return torch.sinh(c * y) @ torch.from_numpy(self.w).T
+
+    def exact(self, x: Tensor, c: Tensor) -> Tensor:
+        """Its closed form in torch."""
+        return torch.asinh(x @ torch.from_numpy(np.linalg.inv(self.w)).T) / c
+
+    def of_one(self, function: Function) -> tuple[Function, Tensor]:
+        """A function of what is differentiated, and where."""
+        return (lambda c: function(self.x, c), _C) if self.theta else (lambda x: function(x, _C), self.x)
+
+
+COLUMNS = (
+    Column("event_dim=None", None, _X[0], _W),
+    Column("event_dim=0", 0, _X, np.eye(3)),
+    Column("event_dim=1", 1, _X, _W),
+    Column("theta", 1, _X, _W, theta=True),
+)
+
+
+def _loss(h: Function) -> Function:
+    return lambda x: (h(x) * torch.linspace(0.5, 1.5, 3, dtype=x.dtype)).sin().sum()
+
+
+def _backward(h: Function, x: Tensor, times: int) -> Tensor:
+    x = x.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(_loss(h)(x), x, create_graph=times > 1)
+    return gradient if times == 1 else torch.autograd.grad(gradient.sin().sum(), x)[0]
+
+
+# Of a function h, a point x and a batch of points xs.
+_STACKS: dict[str, Callable[[Function, Tensor, Tensor], Tensor]] = {
+    "backward": lambda h, x, xs: _backward(h, x, 1),
+    "double backward": lambda h, x, xs: _backward(h, x, 2),
+    "grad": lambda h, x, xs: grad(_loss(h))(x),
+    "vjp": lambda h, x, xs: vjp(h, x)[1](h(x).cos())[0],
+    "jvp": lambda h, x, xs: jvp(h, (x,), (x.cos(),))[1],
+    "jacrev": lambda h, x, xs: jacrev(h)(x),
+    "jacfwd": lambda h, x, xs: jacfwd(h)(x),
+    "hessian": lambda h, x, xs: hessian(_loss(h))(x),
+    "jacfwd(jacfwd)": lambda h, x, xs: jacfwd(jacfwd(h))(x),
+    "jacrev(jacfwd)": lambda h, x, xs: jacrev(jacfwd(h))(x),
+    "jacfwd(jacrev(grad))": lambda h, x, xs: jacfwd(jacrev(grad(_loss(h))))(x),
+    "vmap(grad)": lambda h, x, xs: vmap(grad(_loss(h)))(xs),
+    "vmap(jacrev)": lambda h, x, xs: vmap(jacrev(h))(xs),
+    "vmap(jacfwd)": lambda h, x, xs: vmap(jacfwd(h))(xs),
+    "vmap(hessian)": lambda h, x, xs: vmap(hessian(_loss(h)))(xs),
+    "grad(vmap)": lambda h, x, xs: grad(lambda xs: vmap(_loss(h))(xs).square().sum())(xs),
+    "linearize": lambda h, x, xs: linearize(h, x)[1](x.cos()),
+}
+_COMPILED = ("backward", "grad", "vmap(grad)", "jvp", "jacrev", "hessian")
+
+
+def cell(column: Column, name: str, *, compiled: bool = False) -> str:
+    """right, or WRONG with the relative error, or the class of the error that was raised."""
+    stack, (exact, x) = _STACKS[name], column.of_one(column.exact)
+    xs = torch.stack([x, 0.7 * x, 1.2 * x])
+    want = stack(exact, x, xs)
+    # Dynamo has to trace g, so there it is the closed form.
+    h, _ = column.of_one(custom_inverse(column.exact if compiled else column.g, column.f, event_dim=column.event_dim))
+    compile_ = partial(torch.compile, backend="aot_eager", fullgraph=True) if compiled else lambda function: function
+    try:
+        # The forward is compiled here, and its backward with it.
+        got = stack(compile_(h), x, xs) if name == "backward" else compile_(partial(stack, h))(x, xs)
+    except Exception as error:
+        return type(error).__name__
+    error = (got - want).abs().max() / want.abs().max() if got.shape == want.shape else torch.inf
+    return "right" if error < _EXACT else f"WRONG {error:.1e}"
+
+
+# A trace that fails can leave torch.func in disorder, so compiled cells are measured in processes of
+# their own: one a column, and a new one after each failure.
+
+
+def compiled_cells(column: int) -> dict[str, str]:
+    """The cells of a column of COLUMNS under torch.compile."""
+    cells: list[str] = []
+    while len(cells) < len(_COMPILED):
+        code = f"from functorch_inverse import __main__; __main__.work({column}, {len(cells)})"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+        cells += done.stdout.splitlines() or [f"exit status {done.returncode}"]
+    return dict(zip(_COMPILED, cells, strict=True))
+
+
+def work(column: int, first: int) -> None:
+    """In a process of its own: a line for each compiled cell from the first on, until one is not right."""
+    for name in _COMPILED[first:]:
+        print(found := cell(COLUMNS[column], name, compiled=True), flush=True)
+        if found != "right":
+            return
