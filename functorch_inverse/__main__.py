@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -120,7 +120,7 @@ def _differences(function: Function, argnum: int) -> Function:
 
         steps = h * torch.eye(t.numel(), dtype=t.dtype).reshape(-1, *t.shape)
         columns = [(8 * (at(s) - at(-s)) - (at(2 * s) - at(-2 * s))) / (12 * h) for s in steps]
-        return torch.stack(columns, -1).reshape(*columns[0].shape, *t.shape)
+        return torch.stack(columns, -1).reshape((*columns[0].shape, *t.shape))
 
     return jacobian
 
@@ -145,7 +145,7 @@ def _label(letters: Sequence[str], index: Sequence[int]) -> str:
 # --- the composition table -------------------------------------------------------------------------
 
 _EXACT = 1e-9
-_W = np.array([[3.0, 0.5, -0.4], [0.9, 2.5, 0.3], [-0.2, 0.7, 2.0]])
+_W = _tensor([3.0, 0.5, -0.4], [0.9, 2.5, 0.3], [-0.2, 0.7, 2.0])
 _C = _tensor(1.0, 1.3, 0.8)
 _X = _tensor([0.3, -0.8, 1.1], [0.9, 0.2, -0.5])
 
@@ -157,20 +157,20 @@ class Column:
     name: str
     event_dim: int | None
     x: Tensor
-    w: np.ndarray
+    w: Tensor
     theta: bool = False
 
     def g(self, x: Tensor, c: Tensor) -> np.ndarray:
         """The black box."""
-        return np.arcsinh(x.numpy() @ np.linalg.inv(self.w).T) / c.numpy()
+        return np.arcsinh(x.numpy() @ np.linalg.inv(self.w.numpy()).T) / c.numpy()
 
     def f(self, y: Tensor, c: Tensor) -> Tensor:
         """Its inverse."""
-        return torch.sinh(c * y) @ torch.from_numpy(self.w).T
+        return torch.sinh(c * y) @ self.w.T
 
     def exact(self, x: Tensor, c: Tensor) -> Tensor:
         """Its closed form in torch."""
-        return torch.asinh(x @ torch.from_numpy(np.linalg.inv(self.w)).T) / c
+        return torch.asinh(x @ torch.linalg.inv(self.w).T) / c
 
     def of_one(self, function: Function) -> tuple[Function, Tensor]:
         """A function of what is differentiated, and where."""
@@ -179,7 +179,7 @@ class Column:
 
 COLUMNS = (
     Column("event_dim=None", None, _X[0], _W),
-    Column("event_dim=0", 0, _X, np.eye(3)),
+    Column("event_dim=0", 0, _X, torch.eye(3, dtype=_X.dtype)),
     Column("event_dim=1", 1, _X, _W),
     Column("theta", 1, _X, _W, theta=True),
 )
@@ -235,24 +235,90 @@ def cell(column: Column, name: str, *, compiled: bool = False) -> str:
     return "right" if error < _EXACT else f"WRONG {error:.1e}"
 
 
-# A trace that fails can leave torch.func in disorder, so compiled cells are measured in processes of
-# their own: one a column, and a new one after each failure.
+# A trace that fails can leave torch.func in disorder, so compiled cells are measured in processes of their own:
+# one a column, and a new one after each failure.
 
 
-def compiled_cells(column: int) -> dict[str, str]:
-    """The cells of a column of COLUMNS under torch.compile."""
+def compiled_cells(column: str) -> dict[str, str]:
+    """The cells of one of COLUMNS under torch.compile."""
     cells: list[str] = []
     while len(cells) < len(_COMPILED):
-        code = f"from functorch_inverse import __main__; __main__.work({column}, {len(cells)})"
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+        code = f"from functorch_inverse import __main__; __main__.work({column!r}, {len(cells)})"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         cells += done.stdout.splitlines() or [f"exit status {done.returncode}"]
-    return dict(zip(_COMPILED, cells, strict=True))
+    return {f"compile {name}": found for name, found in zip(_COMPILED, cells, strict=True)}
 
 
-def work(column: int, first: int) -> None:
+def work(column: str, first: int) -> None:
     """In a process of its own: a line for each compiled cell from the first on, until one is not right."""
+    torch.set_num_threads(1)
+    (chosen,) = (c for c in COLUMNS if c.name == column)
     for name in _COMPILED[first:]:
-        print(found := cell(COLUMNS[column], name, compiled=True), flush=True)
+        print(found := cell(chosen, name, compiled=True), flush=True)
         if found != "right":
             return
+
+
+# --- the report ------------------------------------------------------------------------------------
+
+
+def measure(examples: Sequence[Example], columns: Sequence[Column], *, compiled: bool) -> Report:
+    """Everything that is printed."""
+    start = time.perf_counter()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        waiting = [pool.submit(compiled_cells, c.name) for c in columns] if compiled else []
+        numbers = {e.name: list(derivatives(e)) for e in examples}
+        table = {c.name: {name: cell(c, name) for name in _STACKS} for c in columns}
+        for cells, later in zip(table.values(), waiting, strict=bool(waiting)):
+            cells |= later.result()
+    right = [n["right"] for found in numbers.values() for n in found]
+    right += [found == "right" for cells in table.values() for found in cells.values()]
+    versions = {name: metadata.version(name) for name in ("torch", "optree", "numpy", "functorch_inverse")}
+    return {
+        "derivatives": numbers,
+        "compositions": table,
+        "versions": {"python": platform.python_version(), **versions},
+        "devices": ["cpu", *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))],
+        "seconds": round(time.perf_counter() - start, 1),
+        "right": all(right),
+    }
+
+
+def text(report: Report) -> Iterator[str]:
+    """The report in lines."""
+    for name, numbers in report["derivatives"].items():
+        yield f"{name}\n  {'at x =':16}{'derivative':12}{'ours':>20}{'finite differences':>22}{'error':>10}"
+        for n in numbers:
+            flag = "" if n["right"] else "  WRONG"
+            values = f"{n['value']:>20.12g}{n['finite_difference']:>22.12g}{n['error']:>10.0e}{flag}"
+            yield f"  {n['x']!s:16}{n['derivative']:12}{values}"
+        yield ""
+    table = report["compositions"]
+    yield f"Every composition against its closed form, right where the relative error is below {_EXACT:.0e}"
+    yield f"  {'':22}" + "".join(f"{column:18}" for column in table).rstrip()
+    for stack in next(iter(table.values())):
+        yield f"  {stack:22}" + "".join(f"{cells[stack]:18}" for cells in table.values()).rstrip()
+    yield "\n" + ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    yield f"devices: {', '.join(report['devices'])}"
+    yield f"{'all right' if report['right'] else 'NOT ALL RIGHT'}, {report['seconds']} s"
+
+
+def main(
+    arguments: Sequence[str] | None = None,
+    examples: Sequence[Example] = EXAMPLES,
+    columns: Sequence[Column] = COLUMNS,
+) -> int:
+    """Print the report; 0 if everything in it is right, else 1."""
+    parser = argparse.ArgumentParser("python -m functorch_inverse", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON document")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes most of the time")
+    options = parser.parse_args(arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = measure(examples, columns, compiled=not options.no_compile)
+    print(json.dumps(report, indent=2) if options.json else "\n".join(text(report)))
+    return 0 if report["right"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

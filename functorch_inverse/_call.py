@@ -31,6 +31,7 @@ class Problem:
     has_aux: bool = False
     check: bool | float = False
     loop: Loop = Loop()
+    keeps_dtypes: bool = False
 
     def refuse_lost(self, given: "Given") -> None:
         """NoDerivativeError where a derivative flows into something that the evidence says nothing about."""
@@ -210,7 +211,7 @@ def _evaluate(problem: Problem, given: Given) -> Values:
         x_only=problem.vmap_method is None,
         x_places=tuple(k for k, place in enumerate(given.x.places) if place in own or not own),
         batch_dims=tuple(t.ndim - d for t, d in zip(x, dims, strict=True)),
-        like=given.like,
+        like=None if problem.keeps_dtypes else given.like,
         outcome=Outcome(),
         loop=problem.loop,
     )

@@ -178,12 +178,21 @@ def move(y: Tensor, step: Tensor, live: Tensors) -> Tensor:
     """y + step, where the step is known to have the value zero.
 
     Where the step is nan (A is singular, or y infinite), the value stays y and the derivative to
-    everything `live` is nan (that of sqrt|s| at s = 0), without touching the other samples.
+    everything `live` is nan, without touching the other samples.
     """
     defined = step.isfinite()
+    unknown = undefined(live, ~defined)
+    return torch.where(defined, y + step, y + unknown.to(y.dtype))
+
+
+def undefined(live: Tensors, mask: Tensor) -> Tensor:
+    """Where masked zero, with the derivative nan to everything live: sqrt|s| at s = 0. Elsewhere one.
+
+    The mask acts inside the root: the derivative of what is not used must be finite, or 0 * inf would
+    reach what is used.
+    """
     total = sum(torch.where(t.isfinite(), t, 0).abs().sum() for t in live)
-    undefined = torch.where(defined, 1, (total - total.detach()).abs()).sqrt()
-    return torch.where(defined, y + step, y + undefined.to(y.dtype))
+    return torch.where(mask, (total - total.detach()).abs(), 1).sqrt()
 
 
 def widen(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

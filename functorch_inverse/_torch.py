@@ -5,6 +5,7 @@ A new torch that renames one of them breaks here, at import, and says so.
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ try:
     from torch._functorch import eager_transforms
     from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
+    # Tensors without data, for what the user says of a result.
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
     # Parameters of a module made explicit, also where the module's own forward is running.
     from torch.nn.utils.stateless import _reparametrize_module
 
@@ -40,6 +44,8 @@ __all__ = [
     "can_inspect",
     "derivative_order",
     "derivatives_possible",
+    "fake_mode",
+    "forward_levels",
     "forward_mode_again",
     "forward_mode_available",
     "full_precision",
@@ -149,6 +155,18 @@ def forward_mode_available() -> bool:
     """Whether torch.func.jvp can be opened here: not inside a plain dual level, and not under Dynamo."""
     plain_level = forward_ad._current_level >= 0 and not eager_transforms.JVP_NESTING
     return not torch.compiler.is_dynamo_compiling() and not plain_level
+
+
+def fake_mode() -> AbstractContextManager[Any]:
+    """Tensors made inside have a shape, a dtype and a device, and no data."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@torch._dynamo.assume_constant_result
+def forward_levels() -> int:
+    """How many torch.func.jvp levels are open while Dynamo traces."""
+    stack = _functorch.get_interpreter_stack() or ()
+    return sum(entry.key() == _functorch.TransformType.Jvp for entry in stack)
 
 
 def primal(tensor: Tensor | None) -> Tensor | None:
