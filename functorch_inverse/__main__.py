@@ -5,11 +5,8 @@ Exit status 0 only if every derivative agrees with finite differences and every 
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +17,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, float64, tensor
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
 from functorch_inverse.custom import custom_inverse
@@ -29,10 +26,6 @@ __all__ = ["COLUMNS", "EXAMPLES", "Column", "Example", "main"]
 
 Function: TypeAlias = Callable[..., Any]
 Report: TypeAlias = dict[str, Any]
-
-
-def _tensor(*numbers: Any) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.float64)
 
 
 # --- two black boxes, and their inverses in torch --------------------------------------------------
@@ -55,7 +48,7 @@ def arm_hand(q: Tensor, lengths: Tensor) -> Tensor:
 def lambert_w(x: Tensor) -> np.ndarray:
     """The principal branch of w e^w = x by Halley's iteration."""
     target = x.numpy()
-    w = np.log1p(target)
+    w: np.ndarray = np.log1p(target)
     for _ in range(20):
         residual = w * np.exp(w) - target
         w = w - residual / (np.exp(w) * (w + 1) - (w + 2) * residual / (2 * w + 2))
@@ -67,7 +60,7 @@ class Example:
     """A black box g with its inverse f, samples x and further arguments; `letters` are those of y, x and args."""
 
     name: str
-    letters: tuple[str, ...]
+    letters: str
     g: Function
     f: Function
     x: Tensor
@@ -77,12 +70,12 @@ class Example:
 
 EXAMPLES = (
     Example(
-        "Inverse kinematics of a planar arm by NumPy: joint angles q, hand at x, links of length l", ("q", "x", "l"),
-        arm_angles, arm_hand, _tensor([1.2, 0.5], [-0.4, 1.1], [0.3, -0.9]), (_tensor(1.0, 0.7),),
+        "Inverse kinematics of a planar arm in NumPy: angles q, hand at x, lengths l", "qxl", arm_angles, arm_hand,
+        tensor([[1.2, 0.5], [-0.4, 1.1], [0.3, -0.9]], dtype=float64), (tensor([1.0, 0.7], dtype=float64),),
     ),
     Example(
-        "Lambert's W by Halley's iteration in NumPy", ("W", "x"),
-        lambert_w, lambda w: w * w.exp(), _tensor(-0.3, 0.1, 1.0, 10.0, 1000.0), order=2,
+        "Lambert's W by Halley's iteration in NumPy", "Wx", lambert_w, lambda w: w * w.exp(),
+        tensor([-0.3, 0.1, 1.0, 10.0, 1000.0], dtype=float64), order=2,
     ),
 )  # fmt: skip
 
@@ -94,18 +87,19 @@ _AGREEMENT = 1e-6  # what second differences still reach
 
 def derivatives(example: Example) -> Iterator[Report]:
     """Every number of every derivative: ours, that of finite differences, their error relative to the Jacobian."""
-    ours = custom_inverse(example.g, example.f, event_dim=example.x.ndim - 1)
-    in_dims = (0, *(None for _ in example.args))
-    for order in range(1, example.order + 1):
-        for argnum, letter in enumerate(example.letters[1:]):
-            got = vmap(_repeat(jacrev, ours, argnum, order), in_dims)(example.x, *example.args)
-            differences = _repeat(_differences, example.g, argnum, order)
-            want = torch.stack([differences(x, *example.args) for x in example.x])
-            yield from _numbers(example, (example.letters[0], *(letter,) * order), got, want)
-
-
-def _repeat(transform: Function, function: Function, argnum: int, order: int) -> Function:
-    return function if not order else transform(_repeat(transform, function, argnum, order - 1), argnum)
+    y, *letters = example.letters
+    for argnum, x in enumerate(letters):
+        ours: Function = custom_inverse(example.g, example.f, event_dim=example.x.ndim - 1)
+        theirs = example.g
+        for order in range(1, example.order + 1):
+            ours, theirs = jacrev(ours, argnum), _differences(theirs, argnum)
+            got = vmap(ours, (0, *(None for _ in example.args)))(example.x, *example.args)
+            want = torch.stack([theirs(sample, *example.args) for sample in example.x])
+            for sample, *index in np.ndindex(*got.shape):
+                a, b = got[(sample, *index)].item(), want[(sample, *index)].item()
+                error = abs(a - b) / want[sample].abs().max().item()
+                found = {"value": a, "finite_difference": b, "error": error, "right": error < _AGREEMENT}
+                yield {"x": example.x[sample].tolist(), "derivative": _label(y, x, order, index), **found}
 
 
 def _differences(function: Function, argnum: int) -> Function:
@@ -125,29 +119,17 @@ def _differences(function: Function, argnum: int) -> Function:
     return jacobian
 
 
-def _numbers(example: Example, letters: Sequence[str], got: Tensor, want: Tensor) -> Iterator[Report]:
-    for x, ours, theirs in zip(example.x.tolist(), got, want, strict=True):
-        for index in np.ndindex(*ours.shape):
-            a, b = ours[index].item(), theirs[index].item()
-            error = abs(a - b) / theirs.abs().max().item()
-            numbers = {"value": a, "finite_difference": b, "error": error, "right": error < _AGREEMENT}
-            yield {"x": x, "derivative": _label(letters, index), **numbers}
-
-
-def _label(letters: Sequence[str], index: Sequence[int]) -> str:
-    """dq2/dx1 for the parts of vectors, d2W/dx2 for numbers."""
-    y, x, order = letters[0], letters[1], len(letters) - 1
-    if index:
-        return f"d{y}{index[0] + 1}/" + "".join(f"d{x}{i + 1}" for i in index[1:])
-    return f"d{y}/d{x}" if order == 1 else f"d{order}{y}/d{x}{order}"
+def _label(y: str, x: str, order: int, index: Sequence[int]) -> str:
+    """dq2/dx1 for the parts of vectors, W'' for numbers."""
+    return f"d{y}{index[0] + 1}/" + "".join(f"d{x}{i + 1}" for i in index[1:]) if index else y + "'" * order
 
 
 # --- the composition table -------------------------------------------------------------------------
 
 _EXACT = 1e-9
-_W = _tensor([3.0, 0.5, -0.4], [0.9, 2.5, 0.3], [-0.2, 0.7, 2.0])
-_C = _tensor(1.0, 1.3, 0.8)
-_X = _tensor([0.3, -0.8, 1.1], [0.9, 0.2, -0.5])
+_W = tensor([[3.0, 0.5, -0.4], [0.9, 2.5, 0.3], [-0.2, 0.7, 2.0]], dtype=float64)
+_C = tensor([1.0, 1.3, 0.8], dtype=float64)
+_X = tensor([[0.3, -0.8, 1.1], [0.9, 0.2, -0.5]], dtype=float64)
 
 
 @dataclass(frozen=True)
@@ -160,17 +142,14 @@ class Column:
     w: Tensor
     theta: bool = False
 
-    def g(self, x: Tensor, c: Tensor) -> np.ndarray:
-        """The black box."""
-        return np.arcsinh(x.numpy() @ np.linalg.inv(self.w.numpy()).T) / c.numpy()
-
-    def f(self, y: Tensor, c: Tensor) -> Tensor:
-        """Its inverse."""
-        return torch.sinh(c * y) @ self.w.T
-
-    def exact(self, x: Tensor, c: Tensor) -> Tensor:
-        """Its closed form in torch."""
-        return torch.asinh(x @ torch.linalg.inv(self.w).T) / c
+    def functions(self) -> tuple[Function, Function, Function]:
+        """The black box g, its inverse f, and g in closed form."""
+        w, inverse = self.w.T, torch.linalg.inv(self.w).T
+        return (
+            lambda x, c: np.arcsinh(x.numpy() @ inverse.numpy()) / c.numpy(),
+            lambda y, c: torch.sinh(c * y) @ w,
+            lambda x, c: torch.asinh(x @ inverse) / c,
+        )
 
     def of_one(self, function: Function) -> tuple[Function, Tensor]:
         """A function of what is differentiated, and where."""
@@ -179,14 +158,14 @@ class Column:
 
 COLUMNS = (
     Column("event_dim=None", None, _X[0], _W),
-    Column("event_dim=0", 0, _X, torch.eye(3, dtype=_X.dtype)),
+    Column("event_dim=0", 0, _X, torch.eye(3, dtype=float64)),
     Column("event_dim=1", 1, _X, _W),
     Column("theta", 1, _X, _W, theta=True),
 )
 
 
 def _loss(h: Function) -> Function:
-    return lambda x: (h(x) * torch.linspace(0.5, 1.5, 3, dtype=x.dtype)).sin().sum()
+    return lambda x: (h(x) * torch.linspace(0.5, 1.5, 3, dtype=float64)).sin().sum()
 
 
 def _backward(h: Function, x: Tensor, times: int) -> Tensor:
@@ -220,41 +199,42 @@ _COMPILED = ("backward", "grad", "vmap(grad)", "jvp", "jacrev", "hessian")
 
 def cell(column: Column, name: str, *, compiled: bool = False) -> str:
     """right, or WRONG with the relative error, or the class of the error that was raised."""
-    stack, (exact, x) = _STACKS[name], column.of_one(column.exact)
-    xs = torch.stack([x, 0.7 * x, 1.2 * x])
-    want = stack(exact, x, xs)
+    stack, (g, f, exact) = _STACKS[name], column.functions()
+    truth, x = column.of_one(exact)
     # Dynamo has to trace g, so there it is the closed form.
-    h, _ = column.of_one(custom_inverse(column.exact if compiled else column.g, column.f, event_dim=column.event_dim))
+    h, _ = column.of_one(custom_inverse(exact if compiled else g, f, event_dim=column.event_dim))
+    xs = torch.stack([x, 0.7 * x, 1.2 * x])
     compile_ = partial(torch.compile, backend="aot_eager", fullgraph=True) if compiled else lambda function: function
     try:
         # The forward is compiled here, and its backward with it.
         got = stack(compile_(h), x, xs) if name == "backward" else compile_(partial(stack, h))(x, xs)
     except Exception as error:
         return type(error).__name__
+    want = stack(truth, x, xs)
     error = (got - want).abs().max() / want.abs().max() if got.shape == want.shape else torch.inf
     return "right" if error < _EXACT else f"WRONG {error:.1e}"
 
 
-# A trace that fails can leave torch.func in disorder, so compiled cells are measured in processes of their own:
-# one a column, and a new one after each failure.
+# A trace that fails can leave torch.func in disorder, so compiled cells are measured in processes of their own, and
+# in a new one after each failure. A job is the name of a column and that of a stack.
 
 
-def compiled_cells(column: str) -> dict[str, str]:
-    """The cells of one of COLUMNS under torch.compile."""
-    cells: list[str] = []
-    while len(cells) < len(_COMPILED):
-        code = f"from functorch_inverse import __main__; __main__.work({column!r}, {len(cells)})"
+def compiled_cells(jobs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """The cells of the jobs under torch.compile, one after the other."""
+    found: dict[tuple[str, str], str] = {}
+    while rest := jobs[len(found) :]:
+        code = f"from functorch_inverse import __main__; __main__.work({rest!r})"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        cells += done.stdout.splitlines() or [f"exit status {done.returncode}"]
-    return {f"compile {name}": found for name, found in zip(_COMPILED, cells, strict=True)}
+        found |= zip(rest, done.stdout.splitlines() or [f"exit status {done.returncode}"], strict=False)
+    return found
 
 
-def work(column: str, first: int) -> None:
-    """In a process of its own: a line for each compiled cell from the first on, until one is not right."""
-    torch.set_num_threads(1)
-    (chosen,) = (c for c in COLUMNS if c.name == column)
-    for name in _COMPILED[first:]:
-        print(found := cell(chosen, name, compiled=True), flush=True)
+def work(jobs: Sequence[tuple[str, str]]) -> None:
+    """In a process of its own: a line for each cell, until one is not right."""
+    for name, stack in jobs:
+        torch.compiler.reset()
+        (column,) = (c for c in COLUMNS if c.name == name)
+        print(found := cell(column, stack, compiled=True), flush=True)
         if found != "right":
             return
 
@@ -262,24 +242,23 @@ def work(column: str, first: int) -> None:
 # --- the report ------------------------------------------------------------------------------------
 
 
-def measure(examples: Sequence[Example], columns: Sequence[Column], *, compiled: bool) -> Report:
-    """Everything that is printed."""
-    start = time.perf_counter()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        waiting = [pool.submit(compiled_cells, c.name) for c in columns] if compiled else []
-        numbers = {e.name: list(derivatives(e)) for e in examples}
-        table = {c.name: {name: cell(c, name) for name in _STACKS} for c in columns}
-        for cells, later in zip(table.values(), waiting, strict=bool(waiting)):
-            cells |= later.result()
-    right = [n["right"] for found in numbers.values() for n in found]
+def measure(examples: Sequence[Example], columns: Sequence[Column], processes: int) -> Report:
+    """Everything that is printed; nothing is compiled in 0 processes."""
+    jobs = [(column.name, stack) for stack in _COMPILED for column in columns]
+    with ThreadPoolExecutor() as pool:
+        waiting = [pool.submit(compiled_cells, jobs[i::processes]) for i in range(processes)]
+        numbers = {example.name: list(derivatives(example)) for example in examples}
+        table = {column.name: {stack: cell(column, stack) for stack in _STACKS} for column in columns}
+    for (column, stack), found in (item for later in waiting for item in later.result().items()):
+        table[column][f"compile {stack}"] = found
+    right = [number["right"] for example in numbers.values() for number in example]
     right += [found == "right" for cells in table.values() for found in cells.values()]
-    versions = {name: metadata.version(name) for name in ("torch", "optree", "numpy", "functorch_inverse")}
+    packages = ("torch", "optree", "numpy", "functorch_inverse")
     return {
         "derivatives": numbers,
         "compositions": table,
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": {"python": sys.version.split()[0], **{name: metadata.version(name) for name in packages}},
         "devices": ["cpu", *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))],
-        "seconds": round(time.perf_counter() - start, 1),
         "right": all(right),
     }
 
@@ -289,34 +268,31 @@ def text(report: Report) -> Iterator[str]:
     for name, numbers in report["derivatives"].items():
         yield f"{name}\n  {'at x =':16}{'derivative':12}{'ours':>20}{'finite differences':>22}{'error':>10}"
         for n in numbers:
-            flag = "" if n["right"] else "  WRONG"
-            values = f"{n['value']:>20.12g}{n['finite_difference']:>22.12g}{n['error']:>10.0e}{flag}"
-            yield f"  {n['x']!s:16}{n['derivative']:12}{values}"
+            found = f"{n['value']:20.12g}{n['finite_difference']:22.12g}{n['error']:10.0e}"
+            yield f"  {n['x']!s:16}{n['derivative']:12}{found}{'' if n['right'] else '  WRONG'}"
         yield ""
     table = report["compositions"]
-    yield f"Every composition against its closed form, right where the relative error is below {_EXACT:.0e}"
-    yield f"  {'':22}" + "".join(f"{column:18}" for column in table).rstrip()
+    yield f"Relative error against the closed form: right where it is below {_EXACT:.0e}"
+    yield f"  {'':22}" + "".join(f"{column:18}" for column in table)
     for stack in next(iter(table.values())):
-        yield f"  {stack:22}" + "".join(f"{cells[stack]:18}" for cells in table.values()).rstrip()
+        yield f"  {stack:22}" + "".join(f"{cells[stack]:18}" for cells in table.values())
     yield "\n" + ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    yield f"devices: {', '.join(report['devices'])}"
-    yield f"{'all right' if report['right'] else 'NOT ALL RIGHT'}, {report['seconds']} s"
+    yield f"devices: {', '.join(report['devices'])}\n" + ("all right" if report["right"] else "NOT ALL RIGHT")
 
 
 def main(
-    arguments: Sequence[str] | None = None,
-    examples: Sequence[Example] = EXAMPLES,
-    columns: Sequence[Column] = COLUMNS,
+    argv: Sequence[str] | None = None, examples: Sequence[Example] = EXAMPLES, columns: Sequence[Column] = COLUMNS
 ) -> int:
     """Print the report; 0 if everything in it is right, else 1."""
     parser = argparse.ArgumentParser("python -m functorch_inverse", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print the report as one JSON document")
-    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes most of the time")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--processes", type=int, default=2, help="how many compile at once; 0 leaves torch.compile out")
+    options = parser.parse_args(argv)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        report = measure(examples, columns, compiled=not options.no_compile)
-    print(json.dumps(report, indent=2) if options.json else "\n".join(text(report)))
+        report = measure(examples, columns, options.processes)
+    lines = [json.dumps(report, indent=2)] if options.json else text(report)
+    print(*(line.rstrip() for line in lines), sep="\n")
     return 0 if report["right"] else 1
 
 

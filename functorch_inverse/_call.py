@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,8 +30,10 @@ class Problem:
     vmap_method: VmapMethod | None = None
     has_aux: bool = False
     check: bool | float = False
-    loop: Loop = Loop()
+    loop: Loop | None = None
     keeps_dtypes: bool = False
+    # Whether the evidence may be evaluated once more, to see which tensors it reads.
+    probes: ClassVar[bool] = True
 
     def refuse_lost(self, given: "Given") -> None:
         """NoDerivativeError where a derivative flows into something that the evidence says nothing about."""
@@ -98,11 +100,12 @@ def _eager(problem: Problem, given: Given) -> Tree:
     problem.refuse_lost(given)
     reach, wanted = Reach.of(problem.evidence), _wanted(given)
     captured = Captured.of(reach, wanted)
-    surely_dead = reach.complete and not captured.count and not live((*given.x_tensors, *given.arg_tensors))
+    seen = reach.complete or not problem.probes
+    surely_dead = seen and not captured.count and not live((*given.x_tensors, *given.arg_tensors))
     if surely_dead and not (problem.check or _torch.transforms_active()):
         return _evaluate(problem, given).result()
     values = _evaluate(problem, given)
-    if not reach.complete:
+    if not seen:
         captured = Captured.of(reach, wanted, _watched(problem, given, values, captured))
     if not (problem.check or live((*given.x_tensors, *given.arg_tensors, *captured.tensors))):
         return values.result()

@@ -111,7 +111,7 @@ class JacobianProblem(Problem):
         """The leaves of y with the derivatives that the Jacobian gives them."""
         x_part, x = Partition.of(given.x.join(given.x_tensors), is_differentiable)
         x_dims = event_dims(self.event_dim, x_part, x, self.caller, "event_dim")
-        y_dims = self._y_dims(values)
+        y_dims = self._y_dims(given, values)
         batch = batch_shape(values.leaves, y_dims, self.caller, "y")
         out, into = Layout.of(values.leaves, y_dims), Layout.of(x, x_dims)
         _check_holomorphic(self.caller, out, into)
@@ -120,7 +120,7 @@ class JacobianProblem(Problem):
         rule = JacobianRule(matrix.push, matrix.pull, x_dims)
         return attach(rule, values.leaves, slots, (*x, *given.arg_tensors, *captured.tensors))
 
-    def _y_dims(self, values: Values) -> tuple[int, ...]:
+    def _y_dims(self, given: Given, values: Values) -> tuple[int, ...]:
         prefix, name = self.out_event_dim, "out_event_dim"
         if prefix is None:
             given = flatten(self.event_dim)[0]

@@ -66,7 +66,7 @@ class BlackBox:
     batch_dims: tuple[int, ...]
     like: Tensor | None
     outcome: Outcome
-    loop: Loop
+    loop: Loop | None
     batched_as: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
     levels: tuple[tuple[tuple[bool, ...], int], ...] = ()
     tensors_only: bool = False
@@ -109,24 +109,34 @@ class BlackBox:
                 f"`{self.caller}`: g returned {type(y).__name__} without any tensor or array in it. Return the value "
                 "y as a tensor, a floating NumPy array, or a pytree of those."
             )
-        taken = {t.untyped_storage().data_ptr() for t in inputs if _has_storage(t)}
+        taken = {_address(t) for t in inputs}
         return part, tuple(self._output(leaf, taken) for leaf in arrays)
 
-    def _output(self, leaf: Any, taken: set[int]) -> Tensor:
+    def _output(self, leaf: Any, taken: set[int | None]) -> Tensor:
         array = not isinstance(leaf, Tensor)
         tensor = torch.as_tensor(leaf) if array else leaf.detach()
         if self.like is not None and is_differentiable(tensor):
             dtype = same_precision(tensor.dtype, self.like.dtype)
             tensor = tensor.to(device=self.like.device, dtype=dtype)
         # A NumPy buffer may be written to by the next call of g, and an input belongs to the caller.
-        owned = array or (bool(taken) and _has_storage(tensor) and tensor.untyped_storage().data_ptr() in taken)
-        return tensor.clone() if owned else tensor
+        borrowed = array or _shares(tensor, taken)
+        return tensor.clone() if borrowed else tensor
 
 
-def _has_storage(tensor: Tensor) -> bool:
+def _address(tensor: Tensor) -> int | None:
+    """Where the data of a tensor lies, if it can be told."""
+    if torch.compiler.is_dynamo_compiling() or _torch.is_wrapped(tensor):
+        return None
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided and tensor.numel() > 0
+    return tensor.untyped_storage().data_ptr() if plain else None
+
+
+def _shares(tensor: Tensor, taken: set[int | None]) -> bool:
+    """Whether a result may be the same memory as an input; the compiler takes care of it by itself."""
     if torch.compiler.is_dynamo_compiling():
         return False
-    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided and tensor.numel() > 0
+    address = _address(tensor)
+    return address in taken if address is not None else _torch.is_wrapped(tensor)
 
 
 def is_array(leaf: Any) -> bool:
@@ -175,11 +185,12 @@ def run_through(box: BlackBox, function: Callable[..., Any], tensors: Sequence[T
 
 def _map(call: Callable[[Any], Any], indices: list[tuple[int, ...]], box: BlackBox) -> list[Any]:
     bar: Any = iter
-    if box.loop.progress:
+    loop = box.loop or Loop()
+    if loop.progress:
         bar = functools.partial(_progress(box.caller), total=len(indices), desc=box.caller)
-    if box.loop.threads is None:
+    if loop.threads is None:
         return list(bar(map(call, indices)))
-    with ThreadPoolExecutor(box.loop.threads) as pool:
+    with ThreadPoolExecutor(loop.threads) as pool:
         return list(bar(pool.map(call, indices)))
 
 

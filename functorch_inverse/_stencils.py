@@ -1,0 +1,140 @@
+r"""Finite-difference stencils: which points, which weights, how far apart.
+
+    f'(x) = (1/h) sum_c w_c f(x + c h) + O(h^p)
+
+Where values are right to a relative precision eps, a k-fold difference is best at a step of about
+eps^(1/(p+k)) times the length over which f changes. Source: Press et al., Numerical Recipes, 3rd
+edition, section 5.7; Fornberg, Generation of Finite Difference Formulas on Arbitrarily Spaced Grids
+(1988), tables 1 and 3; Ridders, Accurate computation of F'(x) and F'(x)F''(x) (1982).
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+__all__ = ["Method", "Order", "Stencil", "stencil"]
+
+Method: TypeAlias = Literal["central", "forward", "backward", "complex"]
+Order: TypeAlias = Literal["auto"] | int
+
+# Weights of f(x + c h) for c > 0; those of -c are their negatives.
+_CENTRAL = {2: (1 / 2,), 4: (2 / 3, -1 / 12), 6: (3 / 4, -3 / 20, 1 / 60)}
+# Weights of f(x + c h) for c = 0, 1, ...
+_ONE_SIDED = {1: (-1.0, 1.0), 2: (-3 / 2, 2.0, -1 / 2), 3: (-11 / 6, 3.0, -3 / 2, 1 / 3)}
+_RICHARDSON_LEVELS = 10
+
+
+@dataclass(frozen=True)
+class Stencil:
+    """Points c in units of the step, and how values there become a derivative and its error.
+
+    `rows` hold the weights of one estimate each: one of order `other` to compare with, then the one that
+    counts. Those of Richardson extrapolation are the plain differences with steps h, h/2, h/4, ...
+    """
+
+    order: int
+    points: tuple[float, ...]
+    rows: tuple[tuple[float, ...], ...]
+    other: int = 1
+    growth: int = 0
+
+    def step(self, eps: float, times: int) -> float:
+        """The relative step for a difference taken `times` times of values of precision eps."""
+        return 0.25 if self.growth else eps ** (1 / (self.order + times))
+
+    def bare(self) -> "Stencil":
+        """Without what only the error estimate needs."""
+        if self.growth:
+            return self
+        used = [(c, w) for c, w in zip(self.points, self.rows[-1], strict=True) if w]
+        return Stencil(self.order, tuple(c for c, _ in used), (tuple(w for _, w in used),))
+
+    def combine(self, values: Tensor, h: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """The derivative, and an estimate of its error, from values (points, ...)."""
+        rows = values.new_tensor(self.rows)
+        estimates = torch.tensordot(rows, values, 1) / h
+        rounding = eps * values.abs().amax(0) * rows.abs().sum(-1)[(...,) + (None,) * (values.ndim - 1)] / h
+        if self.growth:
+            return _extrapolate(estimates, rounding, self.growth)
+        best, error = estimates[-1], (estimates[-1] - estimates[0]).abs()
+        # Where (h/L)^q is the relative error of the other estimate, that of this one is its p/q-th power.
+        ratio = (error / best.abs()).nan_to_num(nan=0.0, posinf=1.0).clamp(max=1)
+        return best, error * ratio ** max(0.0, self.order / self.other - 1) + rounding[-1]
+
+
+def stencil(caller: str, method: str, order: Any) -> Stencil:
+    """The stencil of a method and order; ValueError naming the choices."""
+    if method not in ("central", "forward", "backward", "complex"):
+        raise ValueError(f"`{caller}`: `method` is {method!r}; choose 'central', 'forward', 'backward' or 'complex'.")
+    choices = (1, 2, 3, "auto") if method in ("forward", "backward") else (2, 4, 6, "auto")
+    if order not in choices:
+        raise ValueError(f"`{caller}`: `order` is {order!r}; for method={method!r} choose {', '.join(map(repr, choices))}.")
+    if method in ("central", "complex"):
+        return _richardson_central() if order == "auto" else _central(order)
+    forward = _richardson_forward() if order == "auto" else _one_sided(order)
+    return forward if method == "forward" else _mirrored(forward)
+
+
+def _central(order: int) -> Stencil:
+    points = [0.0]
+    for c in range(1, order // 2 + 1):
+        points += [float(c), -float(c)]
+    coarser = _weights(points, _CENTRAL[order - 2]) if order > 2 else _forward_weights(points)
+    return Stencil(order, tuple(points), (coarser, _weights(points, _CENTRAL[order])), max(1, order - 2))
+
+
+def _weights(points: list[float], positive: tuple[float, ...]) -> tuple[float, ...]:
+    table = {c + 1: w for c, w in enumerate(positive)}
+    return tuple(table.get(int(abs(c)), 0.0) * (1 if c > 0 else -1) for c in points)
+
+
+def _forward_weights(points: list[float]) -> tuple[float, ...]:
+    return tuple({0.0: -1.0, 1.0: 1.0}.get(c, 0.0) for c in points)
+
+
+def _one_sided(order: int) -> Stencil:
+    """With one more point where needed, so that two estimates can be compared."""
+    orders = (order - 1, order) if order > 1 else (2, 1)
+    points = tuple(float(c) for c in range(max(orders) + 1))
+    rows = tuple(_ONE_SIDED[p] + (0.0,) * (len(points) - p - 1) for p in orders)
+    return Stencil(order, points, rows, orders[0])
+
+
+def _richardson_central() -> Stencil:
+    steps = [2.0**-level for level in range(_RICHARDSON_LEVELS)]
+    points = tuple(c for s in steps for c in (s, -s))
+    rows = tuple(tuple(0.5 / c if abs(c) == s else 0.0 for c in points) for s in steps)
+    return Stencil(2, points, rows, growth=4)
+
+
+def _richardson_forward() -> Stencil:
+    steps = [2.0**-level for level in range(_RICHARDSON_LEVELS)]
+    rows = tuple((-1 / s, *(1 / s if c == s else 0.0 for c in steps)) for s in steps)
+    return Stencil(1, (0.0, *steps), rows, growth=2)
+
+
+def _mirrored(forward: Stencil) -> Stencil:
+    points = tuple(-c for c in forward.points)
+    rows = tuple(tuple(-w for w in row) for row in forward.rows)
+    return replace(forward, points=points, rows=rows)
+
+
+def _extrapolate(estimates: Tensor, rounding: Tensor, growth: int) -> tuple[Tensor, Tensor]:
+    """The entry of Ridders' tableau with the smallest estimated error, for each number by itself.
+
+    Each level removes the next term of the error: T_ij = T_i,j-1 + (T_i,j-1 - T_i-1,j-1) / (growth^j - 1).
+    """
+    best, error = estimates[0], torch.full_like(estimates[0], torch.inf)
+    row = [estimates[0]]
+    for i in range(1, len(estimates)):
+        new = [estimates[i]]
+        for j in range(1, i + 1):
+            factor = float(growth) ** j if growth == 4 else 2.0**j
+            new.append(new[-1] + (new[-1] - row[j - 1]) / (factor - 1))
+            change = torch.maximum((new[j] - new[j - 1]).abs(), (new[j] - row[j - 1]).abs()) + rounding[i]
+            better = change < error
+            best, error = torch.where(better, new[j], best), torch.where(better, change, error)
+        row = new
+    return best, error
