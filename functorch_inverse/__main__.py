@@ -87,7 +87,7 @@ _AGREEMENT = 1e-6  # what second differences still reach
 
 def derivatives(example: Example) -> Iterator[Report]:
     """Every number of every derivative: ours, that of finite differences, their error relative to the Jacobian."""
-    y, *letters = example.letters
+    y, letters = example.letters[0], example.letters[1:]
     for argnum, x in enumerate(letters):
         ours: Function = custom_inverse(example.g, example.f, event_dim=example.x.ndim - 1)
         theirs = example.g
@@ -274,7 +274,7 @@ def text(report: Report) -> Iterator[str]:
     table = report["compositions"]
     yield f"Relative error against the closed form: right where it is below {_EXACT:.0e}"
     yield f"  {'':22}" + "".join(f"{column:18}" for column in table)
-    for stack in next(iter(table.values())):
+    for stack in next(iter(table.values()), {}):
         yield f"  {stack:22}" + "".join(f"{cells[stack]:18}" for cells in table.values())
     yield "\n" + ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     yield f"devices: {', '.join(report['devices'])}\n" + ("all right" if report["right"] else "NOT ALL RIGHT")

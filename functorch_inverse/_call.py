@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from functorch_inverse import _torch
-from functorch_inverse._capture import Captured, Reach, is_open, watch
+from functorch_inverse._capture import Captured, watch
 from functorch_inverse._tree import Partition, Tree, event_dims, is_differentiable, prefix_values
 from functorch_inverse._values import BlackBox, Loop, Outcome, VmapMethod, evaluate
 from functorch_inverse.errors import NoDerivativeError
@@ -98,15 +98,13 @@ def _eager(problem: Problem, given: Given) -> Tree:
     if live(given.kwarg_tensors):
         _refuse_live_keyword(problem.caller)
     problem.refuse_lost(given)
-    reach, wanted = Reach.of(problem.evidence), _wanted(given)
-    captured = Captured.of(reach, wanted)
-    seen = reach.complete or not problem.probes
-    surely_dead = seen and not captured.count and not live((*given.x_tensors, *given.arg_tensors))
-    if surely_dead and not (problem.check or _torch.transforms_active()):
+    captured = Captured.of((problem.evidence,), _wanted(given))
+    seen = captured.complete or not problem.probes
+    if seen and not (problem.check or _torch.transforms_active() or live((*given.tensors, *captured.tensors))):
         return _evaluate(problem, given).result()
     values = _evaluate(problem, given)
     if not seen:
-        captured = Captured.of(reach, wanted, _watched(problem, given, values, captured))
+        captured = captured.including(_watched(problem, given, values, captured))
     if not (problem.check or live((*given.x_tensors, *given.arg_tensors, *captured.tensors))):
         return values.result()
     return values.result(problem.attach(given, values, captured))
@@ -124,7 +122,7 @@ def _traced(problem: Problem, given: Given) -> Tree:
     values = _evaluate(problem, given)
     if not _torch.traced_derivatives_possible():
         return values.result()
-    return values.result(problem.attach(given, values, Captured.nothing()))
+    return values.result(problem.attach(given, values, Captured()))
 
 
 def live(tensors: Tensors) -> bool:
@@ -136,8 +134,8 @@ def _wanted(given: Given) -> Callable[[Tensor], bool]:
     """Which captured tensors become inputs; in half precision all, since f runs in float32."""
     half = (torch.float16, torch.bfloat16)
     if given.like is None or given.like.dtype not in half:
-        return is_open
-    return lambda t: t.dtype in half or is_open(t)
+        return _torch.is_open
+    return lambda t: t.dtype in half or _torch.is_open(t)
 
 
 def _watched(problem: Problem, given: Given, values: "Values", captured: Captured) -> list[Tensor]:
@@ -198,7 +196,7 @@ def merge(first: Sequence[bool], yes: Tensors, no: Tensors) -> list[Tensor]:
 
 def _evaluate(problem: Problem, given: Given) -> Values:
     tracing = torch.compiler.is_dynamo_compiling()
-    captured = Captured.nothing() if tracing else Captured.of(Reach.of(problem.g), is_open)
+    captured = Captured() if tracing else Captured.of((problem.g,))
     part, x = Partition.of(given.x.join(given.x_tensors), is_differentiable)
     dims = event_dims(problem.event_dim, part, x, problem.caller, "event_dim")
     # A leaf without an event dim beside leaves with one is shared by all samples, like a further argument.

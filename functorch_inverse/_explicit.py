@@ -24,7 +24,7 @@ from torch import Tensor
 from functorch_inverse import _torch
 from functorch_inverse._attach import attach
 from functorch_inverse._call import Given, Problem, Values, live
-from functorch_inverse._capture import Captured, Reach
+from functorch_inverse._capture import Captured
 from functorch_inverse._pullback import Function, Tensors
 from functorch_inverse._rules import Optional, move, vmapped, widen
 from functorch_inverse._tree import Partition, Tree, event_dims, flatten, is_differentiable
@@ -93,8 +93,7 @@ class JacobianProblem(Problem):
 
     def refuse_lost(self, given: Given) -> None:
         """Only x has a known derivative."""
-        reached = Reach.of(self.g, self.evidence)
-        closures = [*reached.tensors, *(t for m in reached.modules for t in (*m.parameters(), *m.buffers()))]
+        closures = Captured.of((self.g, self.evidence)).tensors
         for tensors, where in ((given.arg_tensors, "an argument outside `argnums`"), (closures, "what fn closes over")):
             if live(tensors):
                 raise NoDerivativeError(
@@ -176,7 +175,7 @@ class _Matrix:
 
     def _evaluate(self, theta: Tensors) -> Any:
         n, m = len(self.x.places), len(theta) - self.captured.count
-        with self.captured.running(theta[m:], known=theta):
+        with self.captured.running(theta[m:]):
             return self.problem.evidence(self.x.join(theta[:n]), *self.args.join(theta[n:m]))
 
     def _blocks(self, jacobian: Tree) -> list[list[Tensor]]:

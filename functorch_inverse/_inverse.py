@@ -63,7 +63,7 @@ class _Evidence:
         n = len(self.args.places)
         m = len(theta) - self.captured.count
         everything = self.y.join(merge(self.differentiable, y, theta[n:m]))
-        with self.captured.running(theta[m:], known=(*y, *theta)):
+        with self.captured.running(theta[m:], (*y, *theta)):
             result = self.problem.evidence(everything, *self.args.join(theta[:n]))
         leaves = self.target.pick(result, self.problem.caller, "f(y, *args)")
         _check_tensors(self.problem.caller, leaves)

@@ -53,6 +53,7 @@ class _GraphPullback(Pullback):
         self.theta = [leaves[i].requires_grad_() for i in wanted]
         with torch.enable_grad():
             self.outputs = _evaluate(f, self.y, leaves)
+        _check_leaves(self.outputs, (*self.y, *self.theta))
 
     def to_y(self, cotangents: Tensors) -> tuple[Tensor, ...]:
         return self._grad(self.y, cotangents)
@@ -70,7 +71,7 @@ class _FuncPullback(Pullback):
     """By torch.func.vjp, differentiable by everything outside."""
 
     def __init__(self, f: Function, y: Tensors, theta: Tensors, wanted: Sequence[int]) -> None:
-        self.outputs, self.to_y_ = torch.func.vjp(lambda *y: _evaluate(f, y, theta), *y)
+        self.outputs, self.to_y_ = torch.func.vjp(lambda *y: _evaluate(f, y, _level(theta)), *y)
         self.f, self.y, self.theta, self.wanted = f, y, theta, wanted
 
     def to_y(self, cotangents: Tensors) -> tuple[Tensor, ...]:
@@ -85,12 +86,17 @@ def restrict(f: Function, y: Tensors, theta: Tensors, wanted: Sequence[int]) -> 
     """f as a function of the wanted theta alone."""
 
     def part(*chosen: Tensor) -> tuple[Tensor, ...]:
-        everything = list(theta)
+        everything = _level(theta)
         for i, t in zip(wanted, chosen, strict=True):
             everything[i] = t
-        return f(y, everything)
+        return f(_level(y), everything)
 
     return part
+
+
+def _level(tensors: Tensors) -> list[Tensor]:
+    """Constants of this level, so that a tensor of a lower one in f is seen to come from elsewhere."""
+    return [_torch.at_current_level(t) for t in tensors]
 
 
 def pushforward(f: Function, y: Tensors, theta: Tensors, tangents: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
@@ -119,6 +125,21 @@ def _evaluate(f: Function, y: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
             "or does not use it. f must be made of differentiable torch operations from y to x."
         )
     return outputs
+
+
+def _check_leaves(outputs: Tensors, known: Tensors) -> None:
+    """NoDerivativeError where the graph ends in a tensor that nobody differentiates."""
+    expected, seen = {id(t) for t in known}, set()
+    queue = [out.grad_fn for out in outputs if out.grad_fn is not None]
+    for node in queue:  # grows while it is walked
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) not in expected:
+            raise NoDerivativeError(
+                f"f read a live tensor of shape {tuple(variable.shape)} that nobody could see when g was called, so its "
+                "derivative would be lost. Hand it over as an argument: g(x, tensor) with f(y, tensor)."
+            )
+        queue.extend(n for n, _ in node.next_functions if n is not None and n not in seen)
+        seen.update(n for n, _ in node.next_functions)
 
 
 def jacobian(pull: Callable[[Tensor], Tensor], batch: Sequence[int], rows: int, like: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ try:
         _is_fwd_grad_enabled,
         _is_torch_function_mode_enabled,
         _TorchDispatchModeKey,
+        DisableTorchFunction,
     )
 
     # The level of torch.func.jvp: nested forward mode is wrong without the mend below.
@@ -41,6 +42,7 @@ except (ImportError, AttributeError) as error:
     ) from error
 
 __all__ = [
+    "at_current_level",
     "can_inspect",
     "derivative_order",
     "derivatives_possible",
@@ -51,6 +53,7 @@ __all__ = [
     "full_precision",
     "function_mode_active",
     "is_live",
+    "is_open",
     "is_wrapped",
     "level",
     "primal",
@@ -71,6 +74,14 @@ def transforms_active() -> bool:
 def function_mode_active() -> bool:
     """Whether a TorchFunctionMode watches what is called; never so while Dynamo traces."""
     return not torch.compiler.is_dynamo_compiling() and _is_torch_function_mode_enabled()
+
+
+def at_current_level(tensor: Tensor) -> Tensor:
+    """A tensor as an untracked constant of the innermost open transform."""
+    if torch.compiler.is_dynamo_compiling():  # nothing escapes a trace
+        return tensor
+    now = _functorch.maybe_current_level()
+    return tensor if now is None or level(tensor) >= now else _functorch._wrap_for_grad(tensor, now)
 
 
 def level(tensor: Tensor) -> int:
@@ -95,6 +106,11 @@ def _tracked(tensor: Tensor) -> bool:
 
 def is_live(tensor: Tensor) -> bool:
     """Whether a derivative of any open level flows through a tensor."""
+    with DisableTorchFunction():  # a mode would answer for what stands in for the tensor
+        return _is_live(tensor)
+
+
+def _is_live(tensor: Tensor) -> bool:
     if forward_ad._current_level < 0 and not is_wrapped(tensor):
         return tensor.requires_grad and torch.is_grad_enabled()
     if not _are_functorch_transforms_active():
@@ -106,7 +122,13 @@ def is_live(tensor: Tensor) -> bool:
             return True
         tensor = _functorch.get_unwrapped(tensor)
     with interpreter.lower():
-        return is_live(tensor)
+        return _is_live(tensor)
+
+
+def is_open(tensor: Tensor) -> bool:
+    """Whether a transform or autograd has a hold on a tensor, so that it must be an explicit input."""
+    with DisableTorchFunction():
+        return tensor.requires_grad or is_wrapped(tensor) or _is_live(tensor)
 
 
 def can_inspect(tensor: Tensor) -> bool:

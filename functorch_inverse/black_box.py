@@ -275,7 +275,7 @@ def _operator(tensors: list[Tensor], token: int, structure: str, levels: str) ->
     call = BlackBox(
         caller=_CALLER,
         call=lambda given: problem.g(_decode(structure, given)),
-        captured=Captured.nothing(),
+        captured=Captured(),
         has_aux=False,
         method="sequential",
         x_only=False,

@@ -1,0 +1,188 @@
+"""What a function can reach without being given it: modules and tensors in closures, globals, objects.
+
+The walk follows references as the garbage collector sees them, and globals by the names that the code
+mentions. Where it meets something that it cannot look into, it says so.
+"""
+
+import functools
+import gc
+import operator
+import sys
+import types
+import weakref
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Reach", "state_of"]
+
+_ATOMS = frozenset({
+    type(None), bool, int, float, complex, str, bytes, bytearray, range, type(...), type(NotImplemented),
+    torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format, types.CodeType,
+})  # fmt: skip
+# What belongs to these holds no tensor of the user's, except in instances and closures.
+_LIBRARIES = frozenset(sys.stdlib_module_names) - {"__main__"} | {"torch", "numpy", "scipy", "optree", "functorch_inverse"}
+# Names that reach what no walk can follow.
+_DYNAMIC = frozenset({
+    "eval", "exec", "globals", "locals", "vars", "__import__", "import_module", "__globals__", "__dict__",
+    "f_locals", "f_globals", "_getframe", "get_objects", "get_referrers",
+})  # fmt: skip
+_BUDGET = 5000
+_HAVE_GC = 1 << 14  # Py_TPFLAGS_HAVE_GC
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a module by name."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+@dataclass
+class Reach:
+    """The modules and loose tensors that functions reach, and whether the walk saw everything."""
+
+    modules: list[nn.Module] = field(default_factory=list)
+    tensors: list[Tensor] = field(default_factory=list)
+    complete: bool = True
+
+    @classmethod
+    def of(cls, *functions: Any) -> "Reach":
+        """Walk from some functions, breadth first."""
+        reach = cls()
+        seen: dict[int, Any] = {}  # keeps what it holds alive, so that ids stay unique
+        queue, walk = list(functions), _Walk(reach)
+        for found in queue:  # grows while it is walked
+            if type(found) in _ATOMS or id(found) in seen:
+                continue
+            seen[id(found)] = found
+            if len(seen) > _BUDGET:
+                reach.complete = False
+                break
+            queue.extend(walk.inside(found))
+        return reach
+
+
+class _Walk:
+    """One walk; remembers names and namespaces, which belong together wherever each was met."""
+
+    def __init__(self, reach: Reach) -> None:
+        self.reach = reach
+        self.names: set[str] = set()
+        self.spaces: list[types.ModuleType] = []
+
+    def inside(self, found: Any) -> Iterable[Any]:
+        """What an object refers to."""
+        if isinstance(found, Tensor):
+            self.reach.tensors.append(found)
+            return list(vars(found).values())
+        if isinstance(found, nn.Module):
+            self.reach.modules.append(found)
+            return list(_parts_of(found))
+        if isinstance(found, types.FunctionType):
+            return list(self._function(found))
+        if isinstance(found, types.ModuleType):
+            return self._namespace(found)
+        if isinstance(found, type):
+            return list(_class(found))
+        return self._object(found)
+
+    def _function(self, fn: types.FunctionType) -> Iterator[Any]:
+        yield from (_content(cell) for cell in fn.__closure__ or ())
+        yield from (fn.__defaults__, fn.__kwdefaults__, fn.__dict__)
+        if _in_library(fn.__globals__.get("__name__")):
+            return
+        names = _names(fn.__code__)
+        if names & _DYNAMIC:
+            self.reach.complete = False
+        yield from (fn.__globals__[name] for name in names if name in fn.__globals__)
+        yield from (sys.modules[name] for name in names if name in sys.modules)
+        new = names - self.names
+        self.names |= new
+        for space in self.spaces:
+            yield from self._attributes(space, new)
+
+    def _namespace(self, module: types.ModuleType) -> list[Any]:
+        if _in_library(module.__name__):
+            return []
+        self.spaces.append(module)
+        return list(self._attributes(module, self.names))
+
+    def _attributes(self, module: types.ModuleType, names: Iterable[str]) -> Iterator[Any]:
+        if "getattr" in self.names or "attrgetter" in self.names:
+            self.reach.complete = False
+        space = vars(module)
+        yield from (space[name] for name in names if name in space)
+
+    def _object(self, found: Any) -> list[Any]:
+        kind = type(found)
+        if kind.__name__ == "ndarray" and getattr(found, "dtype", None) is not None:
+            return list(found.flat) if found.dtype.hasobject else []
+        if isinstance(found, weakref.ref):
+            return [found()]
+        if isinstance(found, ContextVar):
+            return [found.get(None)]
+        if kind.__module__ == "_thread" and kind.__name__ == "_local":
+            return list(vars(found).values())
+        if isinstance(found, operator.attrgetter | operator.methodcaller) or kind.__name__.endswith("ProxyType"):
+            self.reach.complete = False
+        if kind.__flags__ & _HAVE_GC:
+            return [part for part in gc.get_referents(found) if part is not found]
+        if not _library_class(kind):
+            self.reach.complete = False
+        return []
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+
+
+def _parts_of(module: nn.Module) -> Iterator[Any]:
+    for part in module.modules():
+        yield type(part)
+        held = vars(part)
+        yield from (v for k, v in held.items() if k not in ("_parameters", "_buffers", "_modules") and not _empty(v))
+
+
+def _empty(value: Any) -> bool:
+    return isinstance(value, dict | list | tuple | set) and not value
+
+
+def _class(cls: type) -> Iterator[Any]:
+    yield type(cls)
+    for base in cls.__mro__:
+        if not _library_class(base):
+            yield from (v for k, v in vars(base).items() if k not in ("__dict__", "__weakref__"))
+
+
+@functools.lru_cache(maxsize=4096)
+def _library_class(cls: type) -> bool:
+    """Whether a class is what its library calls by its name; classes made at run time borrow modules."""
+    if not _in_library(cls.__module__):
+        return False
+    found: Any = sys.modules.get(cls.__module__)
+    for name in cls.__qualname__.split("."):
+        found = getattr(found, name, None)
+    # C classes often hide from their module; they have no Python attributes to look at.
+    return found is cls or not cls.__flags__ & (1 << 9)  # Py_TPFLAGS_HEAPTYPE
+
+
+def _in_library(name: str | None) -> bool:
+    return (name or "").partition(".")[0] in _LIBRARIES
+
+
+@functools.lru_cache(maxsize=4096)
+def _names(code: types.CodeType) -> frozenset[str]:
+    """Every name and string that code, or a function defined inside it, mentions."""
+    names = set(code.co_names)
+    for const in code.co_consts:
+        if isinstance(const, str) and const.isidentifier():
+            names.add(const)
+        elif isinstance(const, types.CodeType):
+            names |= _names(const)
+    return frozenset(names)
