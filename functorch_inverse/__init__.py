@@ -1,5 +1,37 @@
+"""Differentiate what autograd cannot see, by what you know about it.
+
+What do you know about your black box?
+    its inverse                  custom_inverse(g, f)
+    its Jacobian                 custom_jacobian(fn, jacobian)
+    only its values              finite_difference(fn)
+How do I call NumPy and the like on tensors?
+                                 black_box(fn)
+Which Jacobian, and how is it solved with?
+                                 batch_jacobian, numerical_jacobian, LU
+Is it right?
+                                 check_inverse, check_derivatives
+The original layer:
+                                 implicit_inverse_layer, ImplicitInverseLayer, ImplicitInverseLayerAuto
+"""
+
+from functorch_inverse.black_box import black_box as black_box
 from functorch_inverse.custom import custom_inverse as custom_inverse
 from functorch_inverse.custom import custom_jacobian as custom_jacobian
-from functorch_inverse.errors import *
+from functorch_inverse.errors import BlackBoxError as BlackBoxError
+from functorch_inverse.errors import DerivativeError as DerivativeError
+from functorch_inverse.errors import FunctorchInverseError as FunctorchInverseError
+from functorch_inverse.errors import NoDerivativeError as NoDerivativeError
+from functorch_inverse.errors import ResidualError as ResidualError
+from functorch_inverse.errors import SingularJacobianError as SingularJacobianError
+from functorch_inverse.errors import StructureError as StructureError
+from functorch_inverse.finite_difference import finite_difference as finite_difference
+from functorch_inverse.finite_difference import numerical_jacobian as numerical_jacobian
 from functorch_inverse.jacobians import batch_jacobian as batch_jacobian
+from functorch_inverse.layers import ImplicitInverseLayer as ImplicitInverseLayer
+from functorch_inverse.layers import ImplicitInverseLayerAuto as ImplicitInverseLayerAuto
+from functorch_inverse.layers import implicit_inverse_layer as implicit_inverse_layer
 from functorch_inverse.linear_solvers import LU as LU
+from functorch_inverse.testing import check_derivatives as check_derivatives
+from functorch_inverse.testing import check_inverse as check_inverse
+
+__version__ = "0.1.0"

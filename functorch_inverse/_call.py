@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from functorch_inverse import _torch
-from functorch_inverse._capture import Captured, watch
+from functorch_inverse._capture import Captured, standing_for, watch
+from functorch_inverse._rules import poisoned
 from functorch_inverse._tree import Partition, Tree, event_dims, is_differentiable, prefix_values
 from functorch_inverse._values import BlackBox, Loop, Outcome, VmapMethod, evaluate
 from functorch_inverse.errors import NoDerivativeError
@@ -34,6 +35,8 @@ class Problem:
     keeps_dtypes: bool = False
     # Whether the evidence may be evaluated once more, to see which tensors it reads.
     probes: ClassVar[bool] = True
+    # Whether nothing but x has a derivative.
+    x_alone: ClassVar[bool] = False
 
     def refuse_lost(self, given: "Given") -> None:
         """NoDerivativeError where a derivative flows into something that the evidence says nothing about."""
@@ -71,7 +74,7 @@ class Given:
     def of(cls, x: Tree, args: tuple[Tree, ...], kwargs: dict[str, Any]) -> "Given":
         keys = tuple(kwargs)
         (x, x_t), (args, args_t), (values, kwargs_t) = map(Partition.of, (x, args, tuple(kwargs.values())))
-        return cls(x, args, keys, values, x_t, args_t, kwargs_t)
+        return cls(x, args, keys, values, *(tuple(map(standing_for, t)) for t in (x_t, args_t, kwargs_t)))
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -122,7 +125,8 @@ def _traced(problem: Problem, given: Given) -> Tree:
     values = _evaluate(problem, given)
     if not _torch.traced_derivatives_possible():
         return values.result()
-    return values.result(problem.attach(given, values, Captured()))
+    leaves = problem.attach(given, values, Captured())
+    return values.result(poisoned(leaves, [t for t in given.kwarg_tensors if is_differentiable(t)]))
 
 
 def live(tensors: Tensors) -> bool:
@@ -162,6 +166,7 @@ class Values:
     y: Partition
     tensors: tuple[Tensor, ...]
     aux: tuple[Tree, ...]
+    traced: tuple[Tensor, ...] = ()
 
     @property
     def constants(self) -> tuple[Tensor, ...]:
@@ -215,6 +220,7 @@ def _evaluate(problem: Problem, given: Given) -> Values:
         like=None if problem.keeps_dtypes else given.like,
         outcome=Outcome(),
         loop=problem.loop,
+        blind=len(given.x_tensors) if problem.x_alone else len(given.tensors),
     )
     outputs = evaluate(box, (*given.tensors, *captured.tensors))
     return _unpack(box, outputs)
@@ -223,4 +229,5 @@ def _evaluate(problem: Problem, given: Given) -> Values:
 def _unpack(box: BlackBox, outputs: Tensors) -> Values:
     y, aux = box.outcome.y, box.outcome.aux
     n = len(y.places)
-    return Values(y, tuple(outputs[:n]), (aux.join(outputs[n:]),) if box.has_aux else ())
+    extra = (aux.join(outputs[n:]),) if box.has_aux else ()
+    return Values(y, tuple(outputs[:n]), extra, box.outcome.traced)

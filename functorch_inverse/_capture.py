@@ -26,7 +26,22 @@ from functorch_inverse import _torch
 from functorch_inverse._reach import Reach, state_of
 from functorch_inverse.errors import NoDerivativeError
 
-__all__ = ["Captured", "watch"]
+__all__ = ["Captured", "standing_for", "watch"]
+
+
+class _Active(threading.local):
+    def __init__(self) -> None:
+        self.tables: list[dict[int, Tensor]] = []
+
+
+_ACTIVE = _Active()
+
+
+def standing_for(tensor: Tensor) -> Tensor:
+    """What a tensor means here: inside the f or g of a rule, a captured one is what the rule put in its place."""
+    if torch.compiler.is_dynamo_compiling():
+        return tensor
+    return next((t[id(tensor)] for t in reversed(_ACTIVE.tables) if id(tensor) in t), tensor)
 
 
 def _swapped_in(slot: Tensor) -> bool:
@@ -54,22 +69,27 @@ class Captured:
         """The wanted tensors that some functions reach."""
         reach = Reach.of(*functions)
         states = [(m, state_of(m)) for m in reach.modules]
+
+        def explicit(tensor: Tensor) -> bool:
+            meant = standing_for(tensor)
+            return meant is not tensor or wanted(meant)
+
         slots = [(m, tuple(n for n, t in state.items() if wanted(t) or _swapped_in(t))) for m, state in states]
         known = {id(t) for _, state in states for t in state.values()}
-        loose = {id(t): t for t in reach.tensors if id(t) not in known and wanted(t)}
+        loose = {id(t): t for t in reach.tensors if id(t) not in known and explicit(t)}
         reached = tuple((found, _version(found)) for found in (*reach.modules, *reach.tensors))
         return cls(tuple(functions), tuple(s for s in slots if s[1]), tuple(loose.values()), reached, reach.complete)
 
     def including(self, tensors: Sequence[Tensor]) -> "Captured":
         """With more loose tensors."""
-        known = {id(t) for t in self.tensors}
+        known = {id(t) for t in (*self.tensors, *self.loose)}
         return replace(self, loose=(*self.loose, *(t for t in tensors if id(t) not in known)))
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """The present values, in the order in which `running` takes them."""
         states = [(state_of(m), names) for m, names in self.modules]
-        return (*(state[name] for state, names in states for name in names), *self.loose)
+        return (*(state[name] for state, names in states for name in names), *map(standing_for, self.loose))
 
     @property
     def count(self) -> int:
@@ -107,9 +127,9 @@ class Captured:
         before, now = {id(found) for found, _ in self.reached}, {id(t): t for t in (*reach.modules, *reach.tensors)}
         new = [found for key, found in now.items() if key not in before]
         lost = new and not before <= now.keys()
-        if lost or any(isinstance(t, Tensor) and _torch.is_open(t) for t in new):
+        if lost or any(isinstance(t, Tensor) and _torch.is_open(standing_for(t)) for t in new):
             _refuse_exchanged("exchanged")
-        captured = {id(t) for t in self.tensors}
+        captured = {id(t) for t in self.loose}
         if any(_version(found) != version for found, version in self.reached if id(found) not in captured):
             _refuse_exchanged("changed in place")
 
@@ -147,6 +167,14 @@ class _Substitute(TorchFunctionMode):
         super().__init__()
         self.table = {id(t): v for t, v in zip(captured, values, strict=True)}
         self.level = level
+
+    def __enter__(self) -> "_Substitute":
+        _ACTIVE.tables.append(self.table)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        _ACTIVE.tables.pop()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.table:

@@ -15,7 +15,7 @@ import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from functorch_inverse._attach import attach
 from functorch_inverse._call import Given, Problem, Values, live
 from functorch_inverse._capture import Captured
 from functorch_inverse._pullback import Function, Tensors
-from functorch_inverse._rules import Optional, move, vmapped, widen
+from functorch_inverse._rules import Optional, move, poisoned, vmapped, widen
 from functorch_inverse._tree import Partition, Tree, event_dims, flatten, is_differentiable
 from functorch_inverse._vectors import Layout, batch_shape, lead
 from functorch_inverse.errors import NoDerivativeError, StructureError
@@ -91,16 +91,21 @@ _GAUSS_LEGENDRE = [_table(m) for m in range(1, 9)]
 class JacobianProblem(Problem):
     """g with its Jacobian with respect to x as evidence."""
 
+    x_alone: ClassVar[bool] = True
+
     def refuse_lost(self, given: Given) -> None:
         """Only x has a known derivative."""
         closures = Captured.of((self.g, self.evidence)).tensors
         for tensors, where in ((given.arg_tensors, "an argument outside `argnums`"), (closures, "what fn closes over")):
             if live(tensors):
-                raise NoDerivativeError(
-                    f"`{self.caller}`: a derivative flows into {where}, and the Jacobian says nothing about it, so it "
-                    "would be lost. Add the argument to `argnums` and its part to what `jacobian` returns (closures "
-                    "become arguments first), or detach it."
-                )
+                self._refuse(where)
+
+    def _refuse(self, where: str) -> None:
+        raise NoDerivativeError(
+            f"`{self.caller}`: a derivative flows into {where}, and the Jacobian says nothing about it, so it would be "
+            "lost. Add the argument to `argnums` and its part to what `jacobian` returns (closures become arguments "
+            "first), or detach it."
+        )
 
     def probe(self, given: Given, values: Values) -> Any:
         """The Jacobian at x."""
@@ -117,7 +122,18 @@ class JacobianProblem(Problem):
         matrix = _Matrix(self, values.differentiable_part, x_part, given.args, captured, out, into)
         slots = tuple(lead(self.caller, t, d, batch) for t, d in zip(x, x_dims, strict=True))
         rule = JacobianRule(matrix.push, matrix.pull, x_dims)
-        return attach(rule, values.leaves, slots, (*x, *given.arg_tensors, *captured.tensors))
+        leaves = attach(rule, values.leaves, slots, (*x, *given.arg_tensors, *captured.tensors))
+        return self._refuse_traced(leaves, rule, slots, (*x, *given.arg_tensors), values)
+
+    def _refuse_traced(self, leaves: Tensors, rule: JacobianRule, x: Tensors, theta: Tensors, values: Values) -> Any:
+        """In a trace: an error, or where it cannot be told nan, for derivatives to anything but x."""
+        if not torch.compiler.is_dynamo_compiling():
+            return leaves
+        fixed = (*(t.detach() for t in theta[: len(x)]), *theta[len(x) :])
+        lost = [*values.traced, *rule.push([torch.ones_like(t).detach() for t in x], fixed)]
+        if _torch.derivative_order() == 1 and any(t.requires_grad for t in lost):
+            self._refuse("an argument outside `argnums` or what fn or jacobian closes over")
+        return poisoned(leaves, lost)
 
     def _y_dims(self, given: Given, values: Values) -> tuple[int, ...]:
         prefix, name = self.out_event_dim, "out_event_dim"
@@ -153,7 +169,7 @@ class _Matrix:
         jacobian = self._evaluate(theta)
         if _is_operator(jacobian):
             return self.y.pick(jacobian.mv(self.x.join(dx)), self.problem.caller, "what the Jacobian's mv returned")
-        blocks = self._blocks(jacobian)
+        blocks = self._blocks(jacobian, dx[0].shape[: dx[0].ndim - len(self.into.shapes[0])])
         return tuple(
             _total(_product(block, out, event, d) for block, event, d in zip(row, self.into.shapes, dx, strict=True))
             for row, out in zip(blocks, self.out.shapes, strict=True)
@@ -165,7 +181,8 @@ class _Matrix:
         if _is_operator(jacobian):
             moved = jacobian.T.mv(self.y.join(v))
             return self.x.pick(moved, self.problem.caller, "what the mv of the Jacobian's transpose returned")
-        columns = zip(*self._blocks(jacobian), strict=True)
+        batch = v[0].shape[: v[0].ndim - len(self.out.shapes[0])]
+        columns = zip(*self._blocks(jacobian, batch), strict=True)
         moved = (
             _total(_adjoint(block, out, event, c) for block, out, c in zip(column, self.out.shapes, v, strict=True))
             for column, event in zip(columns, self.into.shapes, strict=True)
@@ -178,13 +195,13 @@ class _Matrix:
         with self.captured.running(theta[m:]):
             return self.problem.evidence(self.x.join(theta[:n]), *self.args.join(theta[n:m]))
 
-    def _blocks(self, jacobian: Tree) -> list[list[Tensor]]:
+    def _blocks(self, jacobian: Tree, batch: Sequence[int]) -> list[list[Tensor]]:
         caller = self.problem.caller
         rows = self.y.pick(jacobian, caller, "what `jacobian` returned, as a tree of y's structure,")
         blocks = [self.x.pick(row, caller, "what `jacobian` returned, in each leaf of y,") for row in rows]
         for row, out in zip(blocks, self.out.shapes, strict=True):
             for block, event in zip(row, self.into.shapes, strict=True):
-                _check_block(caller, block, (*out, *event))
+                _check_block(caller, block, tuple(batch), (*out, *event))
         return [list(row) for row in blocks]
 
 
@@ -196,14 +213,18 @@ def _total(terms: Iterable[Tensor]) -> Tensor:
     return functools.reduce(torch.add, terms)
 
 
-def _check_block(caller: str, block: Any, needed: tuple[int, ...]) -> None:
-    arrived = tuple(block.shape) if isinstance(block, Tensor) else None
-    if arrived is None or arrived[len(arrived) - len(needed) :] != needed:
-        raise StructureError(
-            f"`{caller}`: `jacobian` returned {arrived or type(block).__name__} where (*batch, {', '.join(map(str, needed))}) "
-            "is needed: the batch dims, the event dims of y, then those of x, as torch.func.jacrev orders them. Check "
-            "`event_dim` and `out_event_dim`, and that it returns tensors."
-        )
+def _check_block(caller: str, block: Any, batch: tuple[int, ...], events: tuple[int, ...]) -> None:
+    arrived = tuple(block.shape) if isinstance(block, Tensor) else type(block).__name__
+    if isinstance(block, Tensor):
+        own, rest = arrived[: len(arrived) - len(events)], arrived[len(arrived) - len(events) :]
+        lined_up = zip(reversed(own), reversed(batch), strict=False)
+        if rest == events and len(own) <= len(batch) and all(m in (1, n) for m, n in lined_up):
+            return
+    raise StructureError(
+        f"`{caller}`: `jacobian` returned {arrived} where {(*batch, *events)} is needed: the batch dims of y, its event "
+        "dims, then those of x, as torch.func.jacrev orders them (batch dims may be missing or 1). Check `event_dim` and "
+        "`out_event_dim`, and that it returns tensors."
+    )
 
 
 def _flat(leaf: Tensor, event: Sequence[int]) -> Tensor:

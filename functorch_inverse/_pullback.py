@@ -149,7 +149,7 @@ def jacobian(pull: Callable[[Tensor], Tensor], batch: Sequence[int], rows: int, 
     expanded over all samples at once: f is evaluated for the whole batch, never per sample.
     """
     basis = torch.eye(rows, dtype=real_dtype(like.dtype), device=like.device)
-    if _torch.transforms_active() or torch.is_grad_enabled() or rows > _LOOP_UP_TO:
+    if _torch.transforms_active() or torch.is_grad_enabled() or not 0 < rows <= _LOOP_UP_TO:
         return torch.vmap(lambda e: pull(e.expand(*batch, rows)))(basis).movedim(0, -2)
     return torch.stack([pull(e.expand(*batch, rows)) for e in basis], -2)
 

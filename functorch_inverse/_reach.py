@@ -29,7 +29,7 @@ _LIBRARIES = frozenset(sys.stdlib_module_names) - {"__main__"} | {"torch", "nump
 # Names that reach what no walk can follow.
 _DYNAMIC = frozenset({
     "eval", "exec", "globals", "locals", "vars", "__import__", "import_module", "__globals__", "__dict__",
-    "f_locals", "f_globals", "_getframe", "get_objects", "get_referrers",
+    "f_locals", "f_globals", "modules", "_getframe", "get_objects", "get_referrers",
 })  # fmt: skip
 _BUDGET = 5000
 _HAVE_GC = 1 << 14  # Py_TPFLAGS_HAVE_GC

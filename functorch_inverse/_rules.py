@@ -185,6 +185,13 @@ def move(y: Tensor, step: Tensor, live: Tensors) -> Tensor:
     return torch.where(defined, y + step, y + unknown.to(y.dtype))
 
 
+def poisoned(leaves: Tensors, lost: Tensors) -> tuple[Tensor, ...]:
+    """The same values, with the derivative nan to what a trace would lose without a word."""
+    if not lost:
+        return tuple(leaves)
+    return tuple(t + undefined(lost, torch.ones_like(t, dtype=torch.bool)).to(t.dtype) for t in leaves)
+
+
 def undefined(live: Tensors, mask: Tensor) -> Tensor:
     """Where masked zero, with the derivative nan to everything live: sqrt|s| at s = 0. Elsewhere one.
 

@@ -43,6 +43,8 @@ class Outcome:
 
     y: Partition | None = None
     aux: Partition | None = None
+    # While Dynamo traces: the leaves of y with what they depend on.
+    traced: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -69,6 +71,8 @@ class BlackBox:
     loop: Loop | None
     batched_as: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
     levels: tuple[tuple[tuple[bool, ...], int], ...] = ()
+    # While Dynamo traces: how many of the tensors are detached.
+    blind: int = 0
     tensors_only: bool = False
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -109,6 +113,8 @@ class BlackBox:
                 f"`{self.caller}`: g returned {type(y).__name__} without any tensor or array in it. Return the value "
                 "y as a tensor, a floating NumPy array, or a pytree of those."
             )
+        if torch.compiler.is_dynamo_compiling():
+            self.outcome.traced = tuple(leaf for leaf in arrays if is_differentiable(leaf))
         taken = {_address(t) for t in inputs}
         return part, tuple(self._output(leaf, taken) for leaf in arrays)
 
@@ -228,6 +234,9 @@ def refuse_empty(caller: str) -> None:
 
 def evaluate(box: BlackBox, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """g once (a sample, for "sequential"), with every transform seeing only values."""
+    if torch.compiler.is_dynamo_compiling():
+        given = (*(t.detach() for t in tensors[: box.blind]), *tensors[box.blind :])
+        return box.unpack(box.call(given), given)
     plain = tuple(t.detach() for t in tensors)
     # Announced as a torch function, so that a rule inside another rule's f can be followed.
     if _torch.function_mode_active():
@@ -236,11 +245,7 @@ def evaluate(box: BlackBox, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _evaluate(box: BlackBox, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    if torch.compiler.is_dynamo_compiling():
-        return box.unpack(box.call(tensors), tensors)
-    if not _torch.transforms_active():
-        return box(*tensors)
-    return _Values.apply(box, *tensors)
+    return _Values.apply(box, *tensors) if _torch.transforms_active() else box(*tensors)
 
 
 class _Values(Function):
@@ -269,7 +274,20 @@ class _Values(Function):
             results = _broadcast(box, moved, batched, info.batch_size)
         else:
             results = _sample_by_sample(box, moved, batched, info.batch_size)
-        return results, (0,) * len(results)
+        return results, _result_dims(box, results, info.batch_size)
+
+
+def _result_dims(box: BlackBox, results: Sequence[Tensor], size: int) -> tuple[int | None, ...]:
+    """Where the results have the batch dim: in front, except for aux that is the same for all samples."""
+    assert box.outcome.y is not None
+    n = len(box.outcome.y.places)
+    lacking = [t for t in results[:n] if not t.ndim or t.shape[0] != size]
+    if lacking:
+        raise StructureError(
+            f"`{box.caller}`: one batched call for a vmap of {size} samples returned shape {tuple(lacking[0].shape)}; g must "
+            "keep the leading dims of x. Make it do so, or pass vmap_method='sequential'."
+        )
+    return tuple(0 if t.ndim and t.shape[0] == size else None for t in results)
 
 
 def _vmapped(box: BlackBox, batched: Sequence[bool], randomness: str) -> BlackBox:

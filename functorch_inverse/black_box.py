@@ -123,12 +123,14 @@ def black_box(
 
     Example:
         >>> import numpy as np
-        >>> cube_root = black_box(np.cbrt, vmap_method="broadcast")
-        >>> torch.vmap(cube_root)(torch.tensor([1.0, 8.0, 27.0]))
+        >>> root = black_box(np.sqrt, vmap_method="broadcast")
+        >>> torch.vmap(root)(torch.tensor([1.0, 4.0, 9.0]))
         tensor([1., 2., 3.])
     """
     if not callable(fn):
         raise TypeError(f"`{_CALLER}`: `fn` is {fn!r}; a callable is needed.")
+    if torch.compiler.is_dynamo_compiling():
+        raise NotImplementedError(f"`{_CALLER}`: make the black box outside the compiled region, and call it inside.")
     check_vmap_method(_CALLER, vmap_method)
     if vmap_method not in ("sequential", "broadcast"):
         raise ValueError(

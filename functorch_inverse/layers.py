@@ -113,7 +113,9 @@ class _Constant:
     shape: torch.Size
 
     def __call__(self, y: Tensor) -> Tensor:
-        return _as_matrix(_NotDifferentiable.apply(self.jacobian, y), self.shape)
+        # A trace has made sure that no second derivative is asked for, and refuses a Function with a jvp.
+        tracing = torch.compiler.is_dynamo_compiling()
+        return _as_matrix(self.jacobian if tracing else _NotDifferentiable.apply(self.jacobian, y), self.shape)
 
 
 def _as_matrix(jacobian: Tensor, shape: torch.Size) -> Tensor:
