@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from functorch_inverse import _torch
+from functorch_inverse._batching import evaluate
 from functorch_inverse._capture import Captured, standing_for, watch
 from functorch_inverse._rules import poisoned
 from functorch_inverse._tree import Partition, Tree, event_dims, is_differentiable, prefix_values
-from functorch_inverse._values import BlackBox, Loop, Outcome, VmapMethod, evaluate
+from functorch_inverse._values import BlackBox, Loop, Outcome, VmapMethod
 from functorch_inverse.errors import NoDerivativeError
 
 __all__ = ["Given", "Problem", "Values", "live", "merge", "solve"]

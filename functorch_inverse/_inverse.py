@@ -101,7 +101,7 @@ def _y_dims(problem: InverseProblem, given: Given, values: Values) -> tuple[int,
 def _check_integers(caller: str, given: Given, values: Values) -> None:
     """An integer leaf of y must be one that x passes through."""
     integers = {p: t for p, t in zip(values.y.places, values.tensors, strict=True) if not is_differentiable(t)}
-    if not integers or values.y.spec == given.x.spec and not integers.keys() & set(_target(given)[0].places):
+    if not integers or (values.y.spec == given.x.spec and not integers.keys() & set(_target(given)[0].places)):
         return
     arrived = ", ".join(f"{t.dtype} of shape {tuple(t.shape)}" for t in integers.values())
     raise StructureError(

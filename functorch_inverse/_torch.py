@@ -14,13 +14,13 @@ from torch.autograd import forward_ad
 try:
     # Which transforms are open, and what a wrapped tensor hides: decides what is live.
     from torch._C import (
+        DisableTorchFunction,
         _are_functorch_transforms_active,
         _functorch,
         _get_dispatch_mode,
         _is_fwd_grad_enabled,
         _is_torch_function_mode_enabled,
         _TorchDispatchModeKey,
-        DisableTorchFunction,
     )
 
     # The level of torch.func.jvp: nested forward mode is wrong without the mend below.

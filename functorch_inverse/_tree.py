@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import optree
-import torch
 from torch import Tensor
 
 from functorch_inverse.errors import StructureError
 
-__all__ = ["Tree", "TreeSpec", "Partition", "event_dims", "flatten", "is_differentiable", "is_number", "unflatten"]
+__all__ = ["Partition", "Tree", "TreeSpec", "event_dims", "flatten", "is_differentiable", "is_number", "unflatten"]
 
 Tree: TypeAlias = Any
 TreeSpec: TypeAlias = optree.PyTreeSpec

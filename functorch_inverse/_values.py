@@ -1,16 +1,14 @@
-"""The values of a black box: plain tensors in, plain tensors out, batched by `vmap_method`."""
+"""The values of a black box: plain tensors in, plain tensors out."""
 
 import functools
 import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.overrides import handle_torch_function
 
 from functorch_inverse import _torch
 from functorch_inverse._capture import Captured
@@ -18,7 +16,7 @@ from functorch_inverse._tree import Partition, Tree, describe, is_differentiable
 from functorch_inverse._vectors import same_precision
 from functorch_inverse.errors import BlackBoxError, StructureError
 
-__all__ = ["BlackBox", "Loop", "Outcome", "VmapMethod", "check_vmap_method", "evaluate", "is_array", "run_through"]
+__all__ = ["BlackBox", "Loop", "Outcome", "VmapMethod", "check_vmap_method", "is_array", "refuse_empty"]
 
 VmapMethod: TypeAlias = Literal["sequential", "broadcast", "vmap"]
 
@@ -204,7 +202,7 @@ def _progress(caller: str) -> Any:
     try:
         from tqdm import tqdm
     except ImportError as error:
-        raise ImportError(f"`{caller}`: progress=True shows a bar by tqdm, which is not installed: pip install tqdm.") from error
+        raise ImportError(f"`{caller}`: progress=True needs tqdm, which is not installed: pip install tqdm.") from error
     return tqdm
 
 
@@ -230,117 +228,3 @@ def refuse_empty(caller: str) -> None:
         f"`{caller}`: vmap over an empty batch needs a call of the function to know its shapes. Use "
         "vmap_method='broadcast' or 'vmap', or `event_dim` with leading batch dims."
     )
-
-
-def evaluate(box: BlackBox, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """g once (a sample, for "sequential"), with every transform seeing only values."""
-    if torch.compiler.is_dynamo_compiling():
-        given = (*(t.detach() for t in tensors[: box.blind]), *tensors[box.blind :])
-        return box.unpack(box.call(given), given)
-    plain = tuple(t.detach() for t in tensors)
-    # Announced as a torch function, so that a rule inside another rule's f can be followed.
-    if _torch.function_mode_active():
-        return handle_torch_function(_evaluate, plain, box, plain)
-    return _evaluate(box, plain)
-
-
-def _evaluate(box: BlackBox, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return _Values.apply(box, *tensors) if _torch.transforms_active() else box(*tensors)
-
-
-class _Values(Function):
-    """Values without derivative; its only rule is how they are batched."""
-
-    @staticmethod
-    def forward(box: BlackBox, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return box(*(t.detach() for t in tensors))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(*output)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], box: BlackBox, *tensors: Tensor) -> tuple[Any, Any]:
-        box = replace(box, tensors_only=True)
-        dims = in_dims[1:]
-        batched = [d is not None for d in dims]
-        moved = [t if d is None else t.movedim(d, 0) for t, d in zip(tensors, dims, strict=True)]
-        if box.method == "vmap":
-            results = _Values.apply(_vmapped(box, batched, info.randomness), *moved)
-        elif box.method == "sequential":
-            level = (tuple(batched), info.batch_size)
-            results = _Values.apply(replace(box, levels=(level, *box.levels)), *moved)
-        elif _can_broadcast(box, moved, batched):
-            results = _broadcast(box, moved, batched, info.batch_size)
-        else:
-            results = _sample_by_sample(box, moved, batched, info.batch_size)
-        return results, _result_dims(box, results, info.batch_size)
-
-
-def _result_dims(box: BlackBox, results: Sequence[Tensor], size: int) -> tuple[int | None, ...]:
-    """Where the results have the batch dim: in front, except for aux that is the same for all samples."""
-    assert box.outcome.y is not None
-    n = len(box.outcome.y.places)
-    lacking = [t for t in results[:n] if not t.ndim or t.shape[0] != size]
-    if lacking:
-        raise StructureError(
-            f"`{box.caller}`: one batched call for a vmap of {size} samples returned shape {tuple(lacking[0].shape)}; g must "
-            "keep the leading dims of x. Make it do so, or pass vmap_method='sequential'."
-        )
-    return tuple(0 if t.ndim and t.shape[0] == size else None for t in results)
-
-
-def _vmapped(box: BlackBox, batched: Sequence[bool], randomness: str) -> BlackBox:
-    dims, inner = tuple(0 if b else None for b in batched), box.batched_as
-
-    def batch(call: Callable[..., Any]) -> Callable[..., Any]:
-        return torch.vmap(call if inner is None else inner(call), in_dims=dims, randomness=randomness)
-
-    return replace(box, batched_as=batch)
-
-
-# A new leading dim must not line up with a dim of an argument that has more dims than x: with x (n,) mapped to
-# (B, n), an argument (b, n) would meet B where it meant b. So x becomes (B, 1, n), and the ones go again
-# where no argument filled them.
-
-
-def _can_broadcast(box: BlackBox, tensors: Sequence[Tensor], batched: Sequence[bool]) -> bool:
-    """Whether one call with a new leading dim of x says which dim is which."""
-    others = [(t, b) for i, (t, b) in enumerate(zip(tensors, batched, strict=True)) if i not in box.x_places]
-    if any(b for _, b in others):
-        return not (box.x_only or any(box.batch_dims))
-    surplus, fewest = _surplus(box, tensors, batched), _sample_dims(box, tensors, batched)
-    return not surplus or all(1 not in t.shape[: max(0, t.ndim - fewest)] for t, _ in others)
-
-
-def _sample_dims(box: BlackBox, tensors: Sequence[Tensor], batched: Sequence[bool]) -> int:
-    """The fewest dims of a leaf of x, without the new one."""
-    return min((tensors[i].ndim - batched[i] for i in box.x_places), default=0)
-
-
-def _surplus(box: BlackBox, tensors: Sequence[Tensor], batched: Sequence[bool]) -> int:
-    """How many dims the largest unbatched argument has more than x."""
-    others = [t.ndim for i, t in enumerate(tensors) if i not in box.x_places and not batched[i]]
-    return max(0, max(others, default=0) - _sample_dims(box, tensors, batched))
-
-
-def _broadcast(box: BlackBox, tensors: Sequence[Tensor], batched: Sequence[bool], size: int) -> tuple[Tensor, ...]:
-    ones = _surplus(box, tensors, batched)
-    led = [
-        (t if b else t.expand(size, *t.shape)).reshape(size, *(1,) * ones, *t.shape[int(b) :])
-        if i in box.x_places
-        else t
-        for i, (t, b) in enumerate(zip(tensors, batched, strict=True))
-    ]
-    results = _Values.apply(replace(box, batch_dims=tuple(n + 1 + ones for n in box.batch_dims)), *led)
-    unused = tuple(range(1, ones + 1))
-    return tuple(t.squeeze(unused) if t.ndim > ones else t for t in results)
-
-
-def _sample_by_sample(box: BlackBox, tensors: Sequence[Tensor], batched: Sequence[bool], size: int) -> tuple[Tensor, ...]:
-    """Each sample as a call of its own at the next level, where it may be batched in another way."""
-    if not size:
-        refuse_empty(box.caller)
-    columns = [t.unbind(0) if b else (t,) * size for t, b in zip(tensors, batched, strict=True)]
-    rows = [_Values.apply(box, *row) for row in zip(*columns, strict=True)]
-    return tuple(torch.stack(column) for column in zip(*rows, strict=True))
