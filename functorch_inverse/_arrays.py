@@ -9,7 +9,7 @@ from torch import Tensor
 
 from functorch_inverse import _torch
 from functorch_inverse._tree import Partition, Tree, flatten, is_differentiable, unflatten
-from functorch_inverse._values import is_array
+from functorch_inverse._values import from_array, is_array
 from functorch_inverse._vectors import same_precision
 from functorch_inverse.errors import StructureError
 
@@ -56,7 +56,7 @@ def _to_tensors(output: Tree, inputs: Sequence[Tensor]) -> Tree:
 def _to_tensor(leaf: Any, device: Any, like: torch.dtype | None) -> Any:
     if not (is_array(leaf) or isinstance(leaf, bool | int | float | complex)):
         return leaf
-    tensor = torch.as_tensor(leaf, device=device)
+    tensor = leaf.detach().clone().to(device) if isinstance(leaf, Tensor) else from_array(leaf, device)
     return tensor.to(same_precision(tensor.dtype, like)) if like and is_differentiable(tensor) else tensor
 
 
@@ -64,7 +64,7 @@ def _as_expected(output: Tree, expected: Tree, inputs: Sequence[Tensor]) -> Tree
     part, wanted = Partition.of(expected)
     got = part.pick(output, _CALLER, "what fn returned, compared with `result`,")
     device = inputs[0].device if inputs else None
-    tensors = [torch.as_tensor(leaf, device=device) for leaf in got]
+    tensors = [_to_tensor(leaf, device, None) for leaf in got]
     for tensor, like in zip(tensors, wanted, strict=True):
         if tensor.shape != like.shape:
             raise StructureError(

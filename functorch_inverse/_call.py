@@ -206,7 +206,7 @@ def _evaluate(problem: Problem, given: Given) -> Values:
     part, x = Partition.of(given.x.join(given.x_tensors), is_differentiable)
     dims = event_dims(problem.event_dim, part, x, problem.caller, "event_dim")
     # A leaf without an event dim beside leaves with one is shared by all samples, like a further argument.
-    said = prefix_values(problem.event_dim, part, problem.caller, "event_dim")
+    said = prefix_values(problem.event_dim, part, x, problem.caller, "event_dim")
     own = [place for place, dim in zip(part.places, said, strict=True) if dim is not None]
     default: VmapMethod = "sequential" if problem.event_dim is None else "broadcast"
     box = BlackBox(

@@ -168,7 +168,7 @@ class _Matrix:
         """J dx."""
         jacobian = self._evaluate(theta)
         if _is_operator(jacobian):
-            return self.y.pick(jacobian.mv(self.x.join(dx)), self.problem.caller, "what the Jacobian's mv returned")
+            return self._applied(jacobian, "mv", self.x, dx, self.y, self.out)
         blocks = self._blocks(jacobian, dx[0].shape[: dx[0].ndim - len(self.into.shapes[0])])
         return tuple(
             _total(_product(block, out, event, d) for block, event, d in zip(row, self.into.shapes, dx, strict=True))
@@ -179,8 +179,7 @@ class _Matrix:
         """J^T v, with a complex J conjugated, as torch's gradient convention has it."""
         jacobian = self._evaluate(theta)
         if _is_operator(jacobian):
-            moved = jacobian.T.mv(self.y.join(v))
-            return self.x.pick(moved, self.problem.caller, "what the mv of the Jacobian's transpose returned")
+            return self._applied(getattr(jacobian, "T", None), "T.mv", self.y, v, self.x, self.into)
         batch = v[0].shape[: v[0].ndim - len(self.out.shapes[0])]
         columns = zip(*self._blocks(jacobian, batch), strict=True)
         moved = (
@@ -189,6 +188,22 @@ class _Matrix:
         )
         # The real part is what a real x receives from complex y.
         return tuple(t if d.is_complex else t.real for t, d in zip(moved, self.into.dtypes, strict=True))
+
+    def _applied(self, operator: Any, name: str, source: Partition, given: Tensors, target: Partition, to: Layout) -> Tensors:
+        """An operator instead of a matrix, applied to the leaves of one side."""
+        caller, events = self.problem.caller, (self.into if to is self.out else self.out).shapes
+        if not hasattr(operator, "mv"):
+            raise StructureError(f"`{caller}`: the object that `jacobian` returned has no `{name}`; it needs mv and T.mv.")
+        moved = target.pick(operator.mv(source.join(given)), caller, f"what `{name}` of the Jacobian returned")
+        batch = given[0].shape[: given[0].ndim - len(events[0])]
+        for leaf, event in zip(moved, to.shapes, strict=True):
+            arrived = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
+            if arrived != (*batch, *event):
+                raise StructureError(
+                    f"`{caller}`: `{name}` of the Jacobian returned {arrived} where {(*batch, *event)} is needed: dx to dy, and "
+                    "for the transpose dy to dx, each with the batch dims of y."
+                )
+        return moved
 
     def _evaluate(self, theta: Tensors) -> Any:
         n, m = len(self.x.places), len(theta) - self.captured.count

@@ -8,7 +8,8 @@ import ast
 import itertools
 import weakref
 from collections.abc import Sequence
-from typing import Any, Protocol
+from enum import Enum
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -32,48 +33,65 @@ class Callee(Protocol):
     loop: Loop
 
 
-_TOKENS = itertools.count()
-_REGISTERED: "weakref.WeakValueDictionary[int, Callee]" = weakref.WeakValueDictionary()
+_NUMBERS = itertools.count()
+_REGISTERED: "weakref.WeakValueDictionary[str, Callee]" = weakref.WeakValueDictionary()
 
 
-def register(callee: Callee) -> int:
-    """A number for a callee; it is kept as long as somebody else keeps it."""
-    token = next(_TOKENS)
+def register(callee: Callee) -> str:
+    """A name for a callee, which lives as long as somebody else keeps it; a number would become a symbol of the trace."""
+    token = f"{_CALLER}_{next(_NUMBERS)}"
     _REGISTERED[token] = callee
     return token
 
 
-def call(token: int, tree: Tree) -> tuple[list[Tensor], list[Tensor]]:
+def call(token: str, tree: Tree) -> tuple[list[Tensor], list[Tensor]]:
     """The output tensors for a tree of arguments, and the tensors in that tree."""
-    tensors: list[Tensor] = []
-    structure = _encode(tree, tensors)
-    return _operator(tensors, token, structure, ""), tensors
+    given = _Given([], [], [])
+    structure = _encode(tree, given)
+    return _operator(given.tensors, given.ints, given.floats, token, structure, ""), given.tensors
 
 
-def _encode(tree: Tree, tensors: list[Tensor]) -> str:
-    """A tree as a Python literal, with ... for each tensor."""
+class _Given(NamedTuple):
+    """What changes from call to call, in the order in which the structure mentions it."""
+
+    tensors: list[Tensor]
+    ints: list[int]
+    floats: list[float]
+
+
+def _encode(tree: Tree, given: _Given) -> str:
+    """A tree as a Python literal, with ... for a tensor, {0} for an int and {1} for a float."""
+    kind = type(tree)
     if isinstance(tree, Tensor):
-        tensors.append(tree)
+        given.tensors.append(tree)
         return "..."
-    if isinstance(tree, tuple | list):
-        inner = "".join([_encode(part, tensors) + "," for part in tree])
-        return f"({inner})" if isinstance(tree, tuple) else f"[{inner}]"
-    if isinstance(tree, dict):
-        return "{" + "".join([f"{key!r}:{_encode(part, tensors)}," for key, part in tree.items()]) + "}"
-    if tree is None or isinstance(tree, bool | int | float | str):
+    if kind is tuple or kind is list:
+        inner = "".join([_encode(part, given) + "," for part in tree])
+        return f"({inner})" if kind is tuple else f"[{inner}]"
+    if kind is dict:
+        return "{" + "".join([f"{key!r}:{_encode(part, given)}," for key, part in tree.items()]) + "}"
+    if tree is None or kind is bool or kind is str:
         return repr(tree)
+    if isinstance(tree, int | torch.SymInt) and not isinstance(tree, Enum):
+        given.ints.append(tree)
+        return "{0}"
+    if isinstance(tree, float | torch.SymFloat):
+        given.floats.append(tree)
+        return "{1}"
     raise StructureError(
-        f"`{_CALLER}`: torch.compile cannot hand {type(tree).__name__} to the function. Pass tensors, numbers, strings, "
-        "None, and tuples, lists and dicts of those; keep other things in fn itself."
+        f"`{_CALLER}`: torch.compile cannot hand {kind.__name__} to the function. Pass tensors, numbers, strings, None, and "
+        "plain tuples, lists and dicts of those; keep other things in fn itself."
     )
 
 
-def _decode(structure: str, tensors: Sequence[Tensor]) -> Any:
-    rest = iter(tensors)
+def _decode(structure: str, tensors: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float]) -> Any:
+    rest, numbers = iter(tensors), (iter(ints), iter(floats))
 
     def fill(part: Any) -> Any:
         if part is ...:
             return next(rest)
+        if isinstance(part, set):
+            return next(numbers[part.pop()])
         if isinstance(part, dict):
             return {key: fill(value) for key, value in part.items()}
         return type(part)(map(fill, part)) if isinstance(part, tuple | list) else part
@@ -92,7 +110,7 @@ def _levels(text: str, tensors: Sequence[Tensor]) -> tuple[tuple[tuple[bool, ...
     return tuple(levels)
 
 
-def _found(token: int) -> Callee:
+def _found(token: str) -> Callee:
     try:
         return _REGISTERED[token]
     except KeyError:
@@ -102,11 +120,13 @@ def _found(token: int) -> Callee:
 
 
 @torch.library.custom_op("functorch_inverse::black_box", mutates_args=())
-def _operator(tensors: list[Tensor], token: int, structure: str, levels: str) -> list[Tensor]:
+def _operator(
+    tensors: list[Tensor], ints: list[int], floats: list[float], token: str, structure: str, levels: str
+) -> list[Tensor]:
     callee = _found(token)
     box = BlackBox(
         caller=_CALLER,
-        call=lambda given: callee.arrays(_decode(structure, given)),
+        call=lambda given: callee.arrays(_decode(structure, given, ints, floats)),
         captured=Captured(),
         has_aux=False,
         method="sequential",
@@ -142,19 +162,29 @@ def _check_assumed(outputs: list[Tensor], assumed: Tensor) -> None:
 
 
 @_operator.register_fake
-def _operator_fake(tensors: list[Tensor], token: int, structure: str, levels: str) -> list[Tensor]:
+def _operator_fake(
+    tensors: list[Tensor], ints: list[int], floats: list[float], token: str, structure: str, levels: str
+) -> list[Tensor]:
     result, sizes = _found(token).arrays.result, _levels(levels, tensors)
     if result is None:
         return [_like_first(tensors, sizes)]
     used = [sum(batched[i] for batched, _ in sizes) for i in range(len(tensors))]
-    args, kwargs = _decode(structure, [t.new_empty(t.shape[n:]) for t, n in zip(tensors, used, strict=True)])
+    samples = [t.new_empty(t.shape[n:]) for t, n in zip(tensors, used, strict=True)]
+    args, kwargs = _decode(structure, samples, ints, floats)
     leaves = Partition.of(result(*args, **kwargs))[1]
     return [t.new_empty((*(size for _, size in sizes), *t.shape)) for t in leaves]
 
 
 @_operator.register_vmap
 def _operator_vmap(
-    info: Any, in_dims: tuple[Any, ...], tensors: list[Tensor], token: int, structure: str, levels: str
+    info: Any,
+    in_dims: tuple[Any, ...],
+    tensors: list[Tensor],
+    ints: list[int],
+    floats: list[float],
+    token: str,
+    structure: str,
+    levels: str,
 ) -> tuple[list[Tensor], list[int]]:
     dims = in_dims[0]
     moved = [t if d is None else t.movedim(d, 0) for t, d in zip(tensors, dims, strict=True)]
@@ -162,5 +192,5 @@ def _operator_vmap(
         moved = [t.expand(info.batch_size, *t.shape) if d is None else t for t, d in zip(moved, dims, strict=True)]
     else:
         levels = "".join("0" if d is None else "1" for d in dims) + "," + levels
-    outputs = _operator(moved, token, structure, levels)
+    outputs = _operator(moved, ints, floats, token, structure, levels)
     return outputs, [0] * len(outputs)

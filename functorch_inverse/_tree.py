@@ -1,5 +1,6 @@
 """Pytrees by optree, and what `event_dim` means for their leaves."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -80,17 +81,17 @@ def event_dims(prefix: Tree, partition: Partition, tensors: Sequence[Tensor], ca
 
     `prefix` is None (all of them), an int, or a pytree prefix of those.
     """
-    chosen = prefix_values(prefix, partition, caller, name)
+    chosen = prefix_values(prefix, partition, tensors, caller, name)
     return tuple(_event_dim(dim, t, caller, name) for dim, t in zip(chosen, tensors, strict=True))
 
 
-def prefix_values(prefix: Tree, partition: Partition, caller: str, name: str) -> list[Any]:
+def prefix_values(prefix: Tree, partition: Partition, tensors: Sequence[Tensor], caller: str, name: str) -> list[Any]:
     """What a pytree prefix says of each chosen leaf."""
     if prefix is None or isinstance(prefix, int):
         return [prefix] * len(partition.places)
     try:
-        spread = _spread(prefix, partition)
-    except ValueError as error:
+        spread = _spread(prefix, partition.join(tensors))
+    except (ValueError, TypeError) as error:
         raise StructureError(
             f"`{caller}`: `{name}`={prefix!r} is not a prefix of {describe(partition.spec)}. "
             "Give None, an int, or a tree of those that follows the structure from its root."
@@ -98,11 +99,20 @@ def prefix_values(prefix: Tree, partition: Partition, caller: str, name: str) ->
     return [spread[i] for i in partition.places]
 
 
-def _spread(prefix: Tree, partition: Partition) -> list[Any]:
-    """The value of a prefix for each leaf below it."""
-    dims, spec = flatten(prefix)
-    parts = spec.flatten_up_to(unflatten(partition.spec, list(range(len(partition.mould)))))
-    return [dim for dim, part in zip(dims, parts, strict=True) for _ in flatten(part)[0]]
+def _spread(prefix: Tree, tree: Tree) -> list[Any]:
+    """The value of a prefix for each leaf below it; by hand, since a dict that is a constant of a trace has no structure."""
+    if prefix is None or isinstance(prefix, int):
+        return [prefix] * len(flatten(tree)[0])
+    if isinstance(prefix, dict):
+        if not isinstance(tree, dict) or prefix.keys() != tree.keys():
+            raise ValueError("other keys")
+        order = list(tree) if isinstance(tree, OrderedDict) else sorted(tree)
+        return [dim for key in order for dim in _spread(prefix[key], tree[key])]
+    if isinstance(prefix, tuple | list):
+        if not isinstance(tree, tuple | list) or len(prefix) != len(tree):
+            raise ValueError("another length")
+        return [dim for part, below in zip(prefix, tree, strict=True) for dim in _spread(part, below)]
+    raise ValueError("no int")
 
 
 def _event_dim(dim: Any, tensor: Tensor, caller: str, name: str) -> int:

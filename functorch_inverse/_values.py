@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from functorch_inverse._tree import Partition, Tree, describe, is_differentiable
 from functorch_inverse._vectors import same_precision
 from functorch_inverse.errors import BlackBoxError, StructureError
 
-__all__ = ["BlackBox", "Loop", "Outcome", "VmapMethod", "check_vmap_method", "is_array", "refuse_empty"]
+__all__ = ["BlackBox", "Loop", "Outcome", "VmapMethod", "check_vmap_method", "from_array", "is_array", "refuse_empty"]
 
 VmapMethod: TypeAlias = Literal["sequential", "broadcast", "vmap"]
 
@@ -118,13 +119,12 @@ class BlackBox:
 
     def _output(self, leaf: Any, taken: set[int | None]) -> Tensor:
         array = not isinstance(leaf, Tensor)
-        tensor = torch.as_tensor(leaf) if array else leaf.detach()
+        tensor = from_array(leaf) if array else leaf.detach()
         if self.like is not None and is_differentiable(tensor):
             dtype = same_precision(tensor.dtype, self.like.dtype)
             tensor = tensor.to(device=self.like.device, dtype=dtype)
-        # A NumPy buffer may be written to by the next call of g, and an input belongs to the caller.
-        borrowed = array or _shares(tensor, taken)
-        return tensor.clone() if borrowed else tensor
+        # An input belongs to the caller.
+        return tensor.clone() if not array and _shares(tensor, taken) else tensor
 
 
 def _address(tensor: Tensor) -> int | None:
@@ -148,6 +148,16 @@ def is_array(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) or (hasattr(leaf, "__array_interface__") and hasattr(leaf, "dtype"))
 
 
+def from_array(array: Any, device: torch.device | None = None) -> Tensor:
+    """A tensor of its own from any NumPy array or number: the buffer may be written to by the next call of g."""
+    if torch.compiler.is_dynamo_compiling():
+        return torch.as_tensor(array, device=device)
+    array = np.asarray(array)
+    kind = np.complex128 if array.dtype.kind == "c" else np.float64
+    plain = kind if array.dtype.char in "gG" else array.dtype.newbyteorder("=")  # no long double in torch
+    return torch.from_numpy(np.array(array, dtype=plain, order="C", copy=True)).to(device)
+
+
 def split_aux(caller: str, result: Any, has_aux: bool) -> tuple[Tree, Tree]:
     """(y, aux) of what g returned."""
     if not has_aux:
@@ -163,7 +173,7 @@ def split_aux(caller: str, result: Any, has_aux: bool) -> tuple[Tree, Tree]:
 def _numbers_to_tensors(aux: Tree) -> Tree:
     """Under vmap every number becomes a tensor, so that samples can be stacked."""
     partition, leaves = Partition.of(aux, lambda leaf: is_array(leaf) or isinstance(leaf, bool | int | float | complex))
-    return partition.join([torch.as_tensor(leaf) for leaf in leaves])
+    return partition.join([leaf if isinstance(leaf, Tensor) else from_array(leaf) for leaf in leaves])
 
 
 def run_through(box: BlackBox, function: Callable[..., Any], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -125,8 +125,11 @@ def black_box(
         >>> torch.vmap(root)(torch.tensor([1.0, 4.0, 9.0]))
         tensor([1., 2., 3.])
     """
-    if not callable(fn):
-        raise TypeError(f"`{_CALLER}`: `fn` is {fn!r}; a callable is needed.")
+    for name, function in (("fn", fn), ("result", result)):
+        if not callable(function) and (name == "fn" or function is not None):
+            raise TypeError(f"`{_CALLER}`: `{name}` is {function!r}; a callable is needed.")
+    if threads is not None and threads < 1:
+        raise ValueError(f"`{_CALLER}`: threads={threads}; choose None, for no pool, or a positive number.")
     if torch.compiler.is_dynamo_compiling():
         raise NotImplementedError(f"`{_CALLER}`: make the black box outside the compiled region, and call it inside.")
     check_vmap_method(_CALLER, vmap_method)

@@ -171,7 +171,8 @@ def custom_jacobian(
     .. math:: dy = J\, dx, \qquad J = \mathtt{jacobian}(\ldots)
 
     All transforms and orders as for `custom_inverse`; higher orders differentiate `jacobian`, which is therefore
-    made of torch operations (or has a derivative given to it in turn).
+    made of torch operations (or has a derivative given to it in turn). One that does not depend on x says that fn is
+    linear: its second derivative is zero.
 
     Args:
         fn: the black box, ``fn(*args, **kwargs) -> y``, as g of `custom_inverse`.

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -60,16 +61,17 @@ def batch_jacobian(f: Callable[..., Tree], y: Tree, *args: Any, event_dim: Tree 
     def flat(*inputs: Tensor) -> Tensors:
         outputs, structure = flatten(f(partition.join(inputs), *args))
         spec[:] = [structure]
+        _check(outputs, inputs, batch)
         return tuple(outputs)
 
     rows = _jacobian(flat, leaves, batch)
-    return unflatten(spec[0], [partition.join(row) for row in rows])
+    hollow = replace(partition, mould=(None,) * len(partition.mould))
+    return unflatten(spec[0], [hollow.join(row) for row in rows])
 
 
 def _jacobian(f: Callable[..., Tensors], y: Sequence[Tensor], batch: torch.Size) -> list[Tensors]:
     """For each output the Jacobians to each input."""
     outputs, pull = torch.func.vjp(f, *y)
-    _check(outputs, y, batch)
     sizes = [prod(t.shape[len(batch) :]) for t in (*y, *outputs)]
     if sum(sizes[: len(y)]) < sum(sizes[len(y) :]) and _torch.forward_mode_available():
         columns = _forward(f, y, outputs, batch)
@@ -78,7 +80,7 @@ def _jacobian(f: Callable[..., Tensors], y: Sequence[Tensor], batch: torch.Size)
     return [_rows(pull, outputs, i, y, batch) for i in range(len(outputs))]
 
 
-def _check(outputs: Tensors, y: Sequence[Tensor], batch: torch.Size) -> None:
+def _check(outputs: Sequence[Any], y: Sequence[Tensor], batch: torch.Size) -> None:
     for out in outputs:
         if not isinstance(out, Tensor) or out.shape[: len(batch)] != batch:
             arrived = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
@@ -98,21 +100,21 @@ def _unit(like: Tensor, batch: torch.Size) -> Tensor:
     event = like.shape[len(batch) :]
     n = prod(event)
     basis = torch.eye(n, dtype=like.dtype, device=like.device)
-    return basis.reshape(n, *(1,) * len(batch), *event).expand(n, *batch, *event)
+    return basis.reshape((n, *(1,) * len(batch), *event)).expand((n, *batch, *event))
 
 
 def _rows(pull: Any, outputs: Tensors, i: int, y: Sequence[Tensor], batch: torch.Size) -> Tensors:
     """Reverse mode: one cotangent for each number of output i."""
     event = outputs[i].shape[len(batch) :]
     if not prod(event):
-        return tuple(t.new_zeros(*batch, *event, *t.shape[len(batch) :]) for t in y)
+        return tuple(t.new_zeros((*batch, *event, *t.shape[len(batch) :])) for t in y)
 
     def row(cotangent: Tensor) -> Tensors:
         return pull(tuple(cotangent if j == i else torch.zeros_like(o) for j, o in enumerate(outputs)))
 
     grads = torch.vmap(row)(_unit(outputs[i], batch))
     moved = (g.movedim(0, len(batch)) for g in grads)
-    return tuple(g.reshape(*batch, *event, *t.shape[len(batch) :]) for g, t in zip(moved, y, strict=True))
+    return tuple(g.reshape((*batch, *event, *t.shape[len(batch) :])) for g, t in zip(moved, y, strict=True))
 
 
 # torch's forward mode keeps its level in a global of the process.
@@ -135,7 +137,7 @@ def _forward(f: Callable[..., Tensors], y: Sequence[Tensor], outputs: Tensors, b
 def _columns(f: Callable[..., Tensors], y: Sequence[Tensor], i: int, batch: torch.Size) -> Tensors:
     def column(tangent: Tensor) -> Tensors:
         tangents = tuple(tangent if j == i else torch.zeros_like(t) for j, t in enumerate(y))
-        return torch.func.jvp(f, tuple(y), tangents)[1]
+        return torch.func.jvp(f, tuple(t.contiguous() for t in y), tangents)[1]
 
     moved = torch.vmap(column)(_unit(y[i], batch))
-    return tuple(t.movedim(0, -1).reshape(*t.shape[1:], *y[i].shape[len(batch) :]) for t in moved)
+    return tuple(t.movedim(0, -1).reshape((*t.shape[1:], *y[i].shape[len(batch) :])) for t in moved)
