@@ -144,10 +144,10 @@ class Column:
 
     def functions(self) -> tuple[Function, Function, Function]:
         """The black box g, its inverse f, and g in closed form."""
-        w, inverse = self.w.T, torch.linalg.inv(self.w).T
+        inverse = torch.linalg.inv(self.w).T
         return (
             lambda x, c: np.arcsinh(x.numpy() @ inverse.numpy()) / c.numpy(),
-            lambda y, c: torch.sinh(c * y) @ w,
+            lambda y, c: torch.sinh(c * y) @ self.w.T,
             lambda x, c: torch.asinh(x @ inverse) / c,
         )
 

@@ -70,7 +70,7 @@ class _Attach(Function):
     @staticmethod
     def jvp(ctx: Any, _rule: None, _n_y: None, _n_x: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         with _torch.forward_mode_again():
-            saved = [_torch.primal(t) for t in ctx.saved_tensors]
+            saved: list[Any] = [_torch.primal(t) for t in ctx.saved_tensors]
             moved = [_torch.primal(t) for t in tangents[ctx.n_y :]]
             if all(t is None for t in moved):
                 return (None,) * ctx.n_y

@@ -74,8 +74,9 @@ class Given:
     @classmethod
     def of(cls, x: Tree, args: tuple[Tree, ...], kwargs: dict[str, Any]) -> "Given":
         keys = tuple(kwargs)
-        (x, x_t), (args, args_t), (values, kwargs_t) = map(Partition.of, (x, args, tuple(kwargs.values())))
-        return cls(x, args, keys, values, *(tuple(map(standing_for, t)) for t in (x_t, args_t, kwargs_t)))
+        parts = [Partition.of(tree) for tree in (x, args, tuple(kwargs.values()))]
+        tensors = [tuple(map(standing_for, found)) for _, found in parts]
+        return cls(parts[0][0], parts[1][0], keys, parts[2][0], *tensors)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -229,6 +230,7 @@ def _evaluate(problem: Problem, given: Given) -> Values:
 
 def _unpack(box: BlackBox, outputs: Tensors) -> Values:
     y, aux = box.outcome.y, box.outcome.aux
+    assert y is not None
     n = len(y.places)
-    extra = (aux.join(outputs[n:]),) if box.has_aux else ()
+    extra = () if aux is None else (aux.join(outputs[n:]),)
     return Values(y, tuple(outputs[:n]), extra, box.outcome.traced)

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -98,7 +98,7 @@ def _precisions(leaves: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
     return [tuple(t.double() for t in narrow), narrow]
 
 
-Blocks = list[tuple[Tensor, Tensor]]
+Blocks: TypeAlias = list[tuple[Tensor, Tensor]]
 
 
 class _Point:
@@ -167,7 +167,7 @@ class _Point:
             values = [_insert(t, c, at_x) for t, c in zip(values, inner(x), strict=True)]
         rows = zip(values, [self.y_batch[a // len(x) ** (times - 1)] for a in range(len(values))], strict=True)
         steps = h.expand(x[i].shape).flatten(x[i].ndim - len(event)).movedim(-1, 0) if event else h.unsqueeze(0)
-        blocks = []
+        blocks: Blocks = []
         for value, batch in rows:
             lined_up = steps.reshape(n, *(1,) * (batch + 1 - steps.ndim), *steps.shape[1:], *(1,) * (value.ndim - 2 - batch))
             if by_imaginary:
@@ -175,7 +175,8 @@ class _Point:
                 error = self.eps * block.abs()
             else:
                 block, error = rule.combine(value, lined_up, self.eps)
-            blocks.append(tuple(t.movedim(0, -1).reshape(*value.shape[2:], *event) for t in (block, error)))
+            shape = (*value.shape[2:], *event)
+            blocks.append((block.movedim(0, -1).reshape(shape), error.movedim(0, -1).reshape(shape)))
         return blocks
 
     def _stencil(self, total: int) -> Stencil:
@@ -220,7 +221,8 @@ def _better(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[T
     where the right one is zero.
     """
     doubts = [(e * (e / b.abs()).clamp(max=1)).nan_to_num(nan=torch.inf) for b, e in (one, other)]
-    return tuple(torch.where(doubts[1] < doubts[0], b, a) for a, b in zip(one, other, strict=True))
+    trusted = doubts[1] < doubts[0]
+    return torch.where(trusted, other[0], one[0]), torch.where(trusted, other[1], one[1])
 
 
 def _unit_vectors(x: Tensor, event: Sequence[int]) -> Tensor:

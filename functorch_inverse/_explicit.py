@@ -138,8 +138,8 @@ class JacobianProblem(Problem):
     def _y_dims(self, given: Given, values: Values) -> tuple[int, ...]:
         prefix, name = self.out_event_dim, "out_event_dim"
         if prefix is None:
-            given = flatten(self.event_dim)[0]
-            prefix, name = next((d for d in given if d is not None), None), "event_dim"
+            said = flatten(self.event_dim)[0]
+            prefix, name = next((d for d in said if d is not None), None), "event_dim"
         dims = event_dims(prefix, values.y, values.tensors, self.caller, name)
         return tuple(d for d, floating in zip(dims, values.differentiable, strict=True) if floating)
 
@@ -189,19 +189,21 @@ class _Matrix:
         # The real part is what a real x receives from complex y.
         return tuple(t if d.is_complex else t.real for t, d in zip(moved, self.into.dtypes, strict=True))
 
-    def _applied(self, operator: Any, name: str, source: Partition, given: Tensors, target: Partition, to: Layout) -> Tensors:
+    def _applied(
+        self, operator: Any, name: str, source: Partition, given: Tensors, target: Partition, to: Layout
+    ) -> tuple[Tensor, ...]:
         """An operator instead of a matrix, applied to the leaves of one side."""
         caller, events = self.problem.caller, (self.into if to is self.out else self.out).shapes
         if not hasattr(operator, "mv"):
-            raise StructureError(f"`{caller}`: the object that `jacobian` returned has no `{name}`; it needs mv and T.mv.")
+            raise StructureError(f"`{caller}`: the object that `jacobian` returned lacks `{name}`; it needs mv and T.mv.")
         moved = target.pick(operator.mv(source.join(given)), caller, f"what `{name}` of the Jacobian returned")
         batch = given[0].shape[: given[0].ndim - len(events[0])]
         for leaf, event in zip(moved, to.shapes, strict=True):
             arrived = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
             if arrived != (*batch, *event):
                 raise StructureError(
-                    f"`{caller}`: `{name}` of the Jacobian returned {arrived} where {(*batch, *event)} is needed: dx to dy, and "
-                    "for the transpose dy to dx, each with the batch dims of y."
+                    f"`{caller}`: `{name}` of the Jacobian returned {arrived} where {(*batch, *event)} is needed: dx to dy, "
+                    "and for the transpose dy to dx, each with the batch dims of y."
                 )
         return moved
 

@@ -55,8 +55,8 @@ class _Given(NamedTuple):
     """What changes from call to call, in the order in which the structure mentions it."""
 
     tensors: list[Tensor]
-    ints: list[int]
-    floats: list[float]
+    ints: list[Any]
+    floats: list[Any]
 
 
 def _encode(tree: Tree, given: _Given) -> str:

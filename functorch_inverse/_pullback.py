@@ -8,7 +8,7 @@ then, is missing for some special functions, and cannot run inside a plain dual 
 """
 
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -129,7 +129,8 @@ def _evaluate(f: Function, y: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
 
 def _check_leaves(outputs: Tensors, known: Tensors) -> None:
     """NoDerivativeError where the graph ends in a tensor that nobody differentiates."""
-    expected, seen = {id(t) for t in known}, set()
+    expected: set[int] = {id(t) for t in known}
+    seen: set[Any] = set()
     queue = [out.grad_fn for out in outputs if out.grad_fn is not None]
     for node in queue:  # grows while it is walked
         variable = getattr(node, "variable", None)

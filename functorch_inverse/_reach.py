@@ -130,7 +130,7 @@ class _Walk:
             self.reach.complete = False
         if kind.__flags__ & _HAVE_GC:
             return [part for part in gc.get_referents(found) if part is not found]
-        if not _library_class(kind):
+        if not _library_class(kind):  # type: ignore[arg-type]
             self.reach.complete = False
         return []
 
@@ -161,7 +161,7 @@ def _class(cls: type) -> Iterator[Any]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _library_class(cls: type) -> bool:
+def _library_class(cls: Any) -> bool:
     """Whether a class is what its library calls by its name; classes made at run time borrow modules."""
     if not _in_library(cls.__module__):
         return False

@@ -12,6 +12,7 @@ Theorem (2002), theorems 3.3.1 and 1.3.1; Blondel et al., Efficient and Modular 
 Differentiation (2022), section 2.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -198,8 +199,8 @@ def undefined(live: Tensors, mask: Tensor) -> Tensor:
     The mask acts inside the root: the derivative of what is not used must be finite, or 0 * inf would
     reach what is used.
     """
-    total = sum(torch.where(t.isfinite(), t, 0).abs().sum() for t in live)
-    return torch.where(mask, (total - total.detach()).abs(), 1).sqrt()
+    nothing = [torch.where(t.isfinite(), t - t.detach(), 0).abs().sum() for t in live]
+    return torch.where(mask, functools.reduce(torch.add, nothing), 1).sqrt()
 
 
 def widen(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -42,8 +42,8 @@ class _Unknown:
     def jvp(self, y: Tensors, theta: Tensors, dx: Tensors, dtheta: Optional) -> Any:
         self._refuse()
 
-    def reattach(self, y: Tensors, x: Tensors, theta: Tensors, order: int) -> Tensors:
-        return y
+    def reattach(self, y: Tensors, x: Tensors, theta: Tensors, order: int) -> tuple[Tensor, ...]:
+        return tuple(y)
 
     def _refuse(self) -> None:
         raise NoDerivativeError(
@@ -67,6 +67,7 @@ class BlackBoxFunction:
     """
 
     def __init__(self, fn: Callable[..., Any], result: Callable[..., Tree] | None, method: VmapMethod, loop: Loop) -> None:
+        self.__wrapped__: Callable[..., Any]
         functools.update_wrapper(self, fn, updated=())
         self.arrays, self.vmap_method, self.loop = OnArrays(fn, result), method, loop
         self.problem = _OpaqueProblem(

@@ -137,6 +137,7 @@ class CustomJacobian:
     """
 
     def __init__(self, problem: Problem, fn: Callable[..., Any], argnums: int | tuple[int, ...]) -> None:
+        self.__wrapped__: Callable[..., Any]
         functools.update_wrapper(self, fn, updated=())
         self.problem, self.argnums = problem, argnums
 

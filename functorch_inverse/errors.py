@@ -21,7 +21,7 @@ class StructureError(FunctorchInverseError, ValueError):
     """Structures, shapes or dtypes do not fit together."""
 
 
-class SingularJacobianError(FunctorchInverseError, torch.linalg.LinAlgError):
+class SingularJacobianError(FunctorchInverseError, torch.linalg.LinAlgError):  # type: ignore[name-defined]
     """The Jacobian of some samples has no inverse, so their derivative does not exist."""
 
 

@@ -177,7 +177,8 @@ class _Solve(Function):
     @staticmethod
     def jvp(ctx: Any, da: Tensor | None, _lu: None, _pivots: None, db: Tensor | None, _t: None) -> Tensor | None:
         with _torch.forward_mode_again():
-            *factors, x = map(_torch.primal, ctx.saved_tensors)
+            *factors, x = [_torch.primal(t) for t in ctx.saved_tensors]
+            assert x is not None
             da, db = _torch.primal(da), _torch.primal(db)
             if da is not None:
                 moved = (da.mT if ctx.transpose else da) @ x
