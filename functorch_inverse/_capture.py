@@ -167,6 +167,7 @@ class _Substitute(TorchFunctionMode):
         super().__init__()
         self.table = {id(t): v for t, v in zip(captured, values, strict=True)}
         self.level = level
+        self.made: dict[int, Tensor] = {}
 
     def __enter__(self) -> "_Substitute":
         _ACTIVE.tables.append(self.table)
@@ -179,13 +180,18 @@ class _Substitute(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.table:
             args, kwargs = _pytree.tree_map(lambda leaf: self.table.get(id(leaf), leaf), (tuple(args), kwargs or {}))
-        for tensor in _tensors_in(args, kwargs) if self.level > 0 else ():
-            if _torch.level(tensor) < self.level and _torch.is_open(tensor):
+        if self.level <= 0:
+            return func(*args, **(kwargs or {}))
+        for tensor in _tensors_in(args, kwargs):
+            if _torch.level(tensor) < self.level and id(tensor) not in self.made and _torch.is_open(tensor):
                 raise NoDerivativeError(
                     f"f read a live tensor of shape {tuple(tensor.shape)} that nobody could see when g was called, so its "
                     "derivative would be lost. Hand it over as an argument: g(x, tensor) with f(y, tensor)."
                 )
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        # What f computes from constants may be wrapped at any open level.
+        self.made.update((id(t), t) for t in _tensors_in(result) if _torch.level(t) < self.level)
+        return result
 
 
 class _Watch(TorchFunctionMode):

@@ -9,7 +9,7 @@ from torch import Tensor
 from functorch_inverse._tree import Partition, Tree, is_differentiable
 from functorch_inverse._vectors import real_dtype
 from functorch_inverse.custom import custom_inverse
-from functorch_inverse.errors import DerivativeError
+from functorch_inverse.errors import DerivativeError, StructureError
 from functorch_inverse.linear_solvers import LinearSolver
 
 __all__ = ["check_derivatives", "check_inverse"]
@@ -36,7 +36,7 @@ def check_inverse(
     argument, or samples that f lets influence each other, show as well as a wrong f.
 
     Args:
-        g: the black box; called five times.
+        g: the black box; called seven times.
         f: its inverse, as for `custom_inverse`.
         x: where to look, and args with it; tensors or pytrees of tensors.
         event_dim, out_event_dim, linear_solver, has_aux: as for `custom_inverse`.
@@ -87,6 +87,8 @@ def check_derivatives(
         DerivativeError: the derivatives disagree.
     """
     partition, inputs = Partition.of(args, is_differentiable)
+    if not inputs:
+        raise StructureError("`check_derivatives`: no floating argument arrived, so there is nothing to differentiate.")
     inputs = tuple(t.detach() for t in inputs)
     generator = torch.Generator(device="cpu").manual_seed(0)
     directions = tuple(_random(t, generator) for t in inputs)
@@ -103,15 +105,14 @@ def check_derivatives(
 
 
 def _random(like: Tensor, generator: torch.Generator) -> Tensor:
-    """A direction in which each number moves in proportion to its size, or to the typical one."""
+    """A direction in which each number moves in proportion to its size; zeros move as the others do."""
     noise = torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
-    typical = like.abs().mean() if like.numel() else 1
-    return noise * (like.abs() + typical + (typical == 0))
+    size = like.abs()
+    typical = size.mean() if like.numel() else torch.ones_like(size)
+    return noise * torch.where(size > 0, size, torch.where(typical > 0, typical, 1))
 
 
-def _compare(
-    fn: Callable[..., tuple[Tensor, ...]], inputs: Any, directions: Any, rtol: float, step: float
-) -> None:
+def _compare(fn: Callable[..., tuple[Tensor, ...]], inputs: Any, directions: Any, rtol: float, step: float) -> None:
     def at(h: float) -> tuple[Tensor, ...]:
         with torch.no_grad():
             return fn(*(t + h * d for t, d in zip(inputs, directions, strict=True)))
@@ -121,22 +122,27 @@ def _compare(
     stencil = zip(at(-2 * step), at(-step), at(step), at(2 * step), strict=True)
     numeric = [(8 * (b - a) - (bb - aa)) / (12 * step) for aa, a, b, bb in stencil]
     for i, (got, expected, value) in enumerate(zip(forward, numeric, values, strict=True)):
-        scale = expected.abs().max() + value.abs().max() if value.numel() else 1
-        _agree(f"forward mode in output {i}", (got - expected).abs().max() / scale if value.numel() else 0, rtol)
-    ours = _inner(values, forward)
-    theirs = _inner(pull(values), directions)
-    _agree("reverse mode", abs(ours - theirs) / (abs(ours) + abs(theirs) + _inner(values, values) ** 0.5), rtol)
+        if not value.numel():
+            continue
+        size = float(expected.abs().max() + value.abs().max())
+        _agree(f"forward mode in output {i}", float((got - expected).abs().max()), size, rtol)
+        # <v, J d> = <J^T v, d>, for each output by itself: a small one must not hide behind a large one.
+        generator = torch.Generator(device="cpu").manual_seed(i)
+        v = torch.randn(value.shape, generator=generator, dtype=value.dtype).to(value.device)
+        back = pull(tuple(v if j == i else torch.zeros_like(t) for j, t in enumerate(values)))
+        ours, theirs = [v.conj() * got], [b.conj() * d for b, d in zip(back, directions, strict=True)]
+        size = sum(float(t.abs().sum()) for t in (*ours, *theirs))
+        _agree(f"reverse mode in output {i}", abs(_real_sum(ours) - _real_sum(theirs)), size, rtol)
 
 
-def _inner(a: Any, b: Any) -> float:
-    return sum(float((x.conj() * y).real.sum()) for x, y in zip(a, b, strict=True))
+def _real_sum(terms: list[Tensor]) -> float:
+    return sum(float(t.real.sum() if t.is_complex() else t.sum()) for t in terms)
 
 
-def _agree(what: str, error: Any, rtol: float) -> None:
-    if not error <= rtol:
+def _agree(what: str, error: float, size: float, rtol: float) -> None:
+    if not error <= rtol * size:
         raise DerivativeError(
-            f"the derivative by {what} differs from finite differences of the values by {float(error):.3g} relative, "
-            f"{rtol:.3g} is allowed. Either the evidence (f, residual, Jacobian) does not belong to the function, or it "
-            "lets samples influence each other that event_dim calls independent, or the values are too noisy for this "
-            "`step`."
+            f"the derivative by {what} differs from finite differences of the values by {error / size if size else error:.3g} "
+            f"relative, {rtol:.3g} is allowed. Either the evidence (f, Jacobian) does not belong to the function, or it lets "
+            "samples influence each other that event_dim calls independent, or the values are too noisy for this `step`."
         )
