@@ -155,20 +155,22 @@ class _Point:
     def solve(self, b: Tensors, *, transpose: bool, frozen: bool = False) -> tuple[Tensor, ...]:
         """A^-1 b (as y), or A^-T b (as x); a frozen A has no derivative."""
         source, target = (self.inputs, self.outputs) if transpose else (self.outputs, self.inputs)
-        packed, matrix = source.pack(b, self.batch), self.matrix()
+        matrix = self.matrix()
         matrix = matrix.detach() if frozen else matrix
         if self.elementwise:
-            return target.unpack(packed / matrix[..., 0])
+            return (b[0] / matrix,)
+        packed = source.pack(b, self.batch)
         return target.unpack(self.rule.linear_solver.factorise(matrix).solve(packed, transpose=transpose))
 
     def matrix(self) -> Tensor:
-        """A of shape (*batch, x size, y size)."""
+        """A of shape (*batch, x size, y size); where it is elementwise, its numbers."""
+        if self.elementwise:
+            (out,) = self.pullback.outputs
+            return self.pullback.to_y((torch.ones((), dtype=out.dtype, device=out.device).expand_as(out),))[0]
 
         def pull(row: Tensor) -> Tensor:
             return self.inputs.pack(self.pullback.to_y(self.outputs.unpack(row)), self.batch)
 
-        if self.elementwise:
-            return pull(torch.ones_like(self.inputs.pack(self.y, self.batch))).unsqueeze(-1)
         return jacobian(pull, self.batch, self.outputs.size, self.pullback.outputs[0])
 
     def like_output(self, u: Tensors) -> tuple[Tensor, ...]:

@@ -91,9 +91,13 @@ class _Factorise(Function):
     @staticmethod
     def forward(matrix: Tensor, on_singular: str) -> tuple[Tensor, Tensor]:
         lu, pivots, _ = torch.linalg.lu_factor_ex(matrix)
+        suspect = _suspect(matrix, lu)
+        visible = _torch.can_inspect(lu)
+        if visible and not suspect.any():
+            return lu, pivots
         finite = matrix.isfinite().flatten(-2).all(-1)
-        singular = finite & _singular(matrix, lu, pivots)
-        if on_singular == "raise" and _torch.can_inspect(lu):
+        singular = finite & suspect & _singular(matrix, lu, pivots)
+        if on_singular == "raise" and visible:
             _raise_if_any(singular)
         return lu.masked_fill_((singular | ~finite)[..., None, None], torch.nan), pivots
 
@@ -106,6 +110,16 @@ class _Factorise(Function):
         return _Factorise.apply(matrix.movedim(in_dims[0], 0), on_singular), (0, 0)
 
 
+def _rounding(lu: Tensor) -> float:
+    return lu.shape[-1] * torch.finfo(lu.dtype).eps
+
+
+def _suspect(matrix: Tensor, lu: Tensor) -> Tensor:
+    """Which matrices are worth a closer look: where all pivots are of the size of their columns, nothing was lost."""
+    kept = lu.diagonal(dim1=-2, dim2=-1).abs() / matrix.abs().amax(-2)
+    return ~(kept.prod(-1) > 1e4 * _rounding(lu))
+
+
 # The computed factors are exact for some A + E with |E| <= n eps |L||U|. So A cannot be told from a singular
 # matrix where n eps | A^-1 |L||U| | >= 1. The size of A^-1 |L||U| is found by one solve with signs in front of
 # |L||U| w, w the inverse column sizes of A: then scaling rows or columns changes nothing.
@@ -113,18 +127,11 @@ def _singular(matrix: Tensor, lu: Tensor, pivots: Tensor) -> Tensor:
     """Which matrices are singular up to the rounding error of their own factorisation."""
     n = lu.shape[-1]
     size, unit = lu.abs(), torch.eye(n, dtype=lu.dtype, device=lu.device)
-    lower, upper = size.tril(-1) + unit, size.triu()
-    rounding = n * torch.finfo(lu.dtype).eps
     columns = matrix.abs().amax(-2).unsqueeze(-1)
-    # Where the pivots are of the size of their columns, nothing was lost.
-    kept = (upper.diagonal(dim1=-2, dim2=-1) / columns.squeeze(-1)).prod(-1)
-    suspect = ~(kept > 1e4 * rounding)
-    if _torch.can_inspect(lu) and not suspect.any():
-        return suspect
-    probes = (lower @ (upper @ columns.reciprocal())) * _signs(n, lu)
-    found = torch.linalg.lu_solve(lu, torch.arange(1, n + 1, dtype=pivots.dtype, device=lu.device).expand_as(pivots), probes)
-    error = rounding * (found * columns).abs().flatten(-2).amax(-1)
-    return suspect & ~(error < 1)
+    probes = ((size.tril(-1) + unit) @ (size.triu() @ columns.reciprocal())) * _signs(n, lu)
+    unpermuted = torch.arange(1, n + 1, dtype=pivots.dtype, device=lu.device).expand_as(pivots)
+    found = torch.linalg.lu_solve(lu, unpermuted, probes)
+    return ~(_rounding(lu) * (found * columns).abs().flatten(-2).amax(-1) < 1)
 
 
 def _signs(n: int, like: Tensor) -> Tensor:
