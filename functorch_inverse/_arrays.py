@@ -63,6 +63,12 @@ def _to_tensor(leaf: Any, device: Any, like: torch.dtype | None) -> Any:
 def _as_expected(output: Tree, expected: Tree, inputs: Sequence[Tensor]) -> Tree:
     part, wanted = Partition.of(expected)
     got = part.pick(output, _CALLER, "what fn returned, compared with `result`,")
+    for leaf, said in zip(part.spec.flatten_up_to(output), part.mould, strict=True):
+        if said is not None and is_array(leaf):
+            raise StructureError(
+                f"`{_CALLER}`: `result` returned {said!r} where fn returned an array of shape {tuple(leaf.shape)}. Make it "
+                "return a tensor of that shape and of the dtype that is wanted."
+            )
     device = inputs[0].device if inputs else None
     tensors = [_to_tensor(leaf, device, None) for leaf in got]
     for tensor, like in zip(tensors, wanted, strict=True):

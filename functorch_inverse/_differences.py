@@ -1,10 +1,11 @@
 """Differences of any order at one point, in leaves."""
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,13 +13,13 @@ from torch import Tensor
 from functorch_inverse._call import Given, Problem, Values, solve
 from functorch_inverse._capture import Captured
 from functorch_inverse._pullback import Tensors
-from functorch_inverse._stencils import Method, Order, Stencil, stencil
+from functorch_inverse._stencils import Estimate, Method, Order, Stencil, stencil
 from functorch_inverse._tree import Partition, Tree, event_dims, flatten, is_differentiable
 from functorch_inverse._values import VmapMethod
 from functorch_inverse._vectors import real_dtype
 from functorch_inverse.errors import NoDerivativeError, StructureError
 
-__all__ = ["Derivative", "Differences", "ValueProblem", "out_prefix"]
+__all__ = ["Derivative", "Differences", "ValueProblem", "check_real_values", "out_prefix"]
 
 
 @dataclass(frozen=True)
@@ -72,14 +73,20 @@ class Derivative:
         for precision in _precisions(leaves):
             point = _Point(self.how, part, precision, others)
             try:
-                blocks = point.derivative(self.times, judged)
-            except (RuntimeError, TypeError):
-                if precision[0].dtype == leaves[0].dtype:
+                if judged and self.how.method == "complex":
+                    check_real_values(self.how.caller, point.values_at_x())
+                estimates = point.derivative(self.times, judged)
+            except Exception:
+                if precision[0].dtype == leaves[0].dtype or torch.compiler.is_dynamo_compiling():
                     raise
                 continue  # fn cannot take float64
             if point.precise:
                 break
-        return tuple(point.tree(list(side), self.times) for side in zip(*blocks, strict=True))
+        if not point.precise:  # fn takes float64 and computes in less
+            point.eps = max(point.eps, point.found_eps)
+            estimates = point.derivative(self.times, judged)
+        value, error = [e.value for e in estimates], [e.error for e in estimates]
+        return point.tree(value, self.times), point.tree(error, self.times)
 
 
 def _check_real(caller: str, leaves: Sequence[Tensor]) -> None:
@@ -98,9 +105,6 @@ def _precisions(leaves: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
     return [tuple(t.double() for t in narrow), narrow]
 
 
-Blocks: TypeAlias = list[tuple[Tensor, Tensor]]
-
-
 class _Point:
     """All differences at one x. The blocks of a k-th derivative stand in the order y, x, x, ..."""
 
@@ -110,7 +114,7 @@ class _Point:
         self.eps = max(how.noise, torch.finfo(x[0].dtype).eps)
         self.y: Partition | None = None
         self.y_batch: list[int] = []
-        self.precise = True
+        self.precise, self.found_eps = True, 0.0
         # Whether the two lengths, |x| and 1, are far apart somewhere; a trace cannot tell.
         tracing = torch.compiler.is_dynamo_compiling()
         self.far = how.step is None and (tracing or any(bool(_is_far(t).any()) for t in x))
@@ -123,22 +127,30 @@ class _Point:
         assert self.y is not None
         return _hollow(self.y).join(blocks)
 
-    def derivative(self, times: int, judged: bool) -> Blocks:
-        """Blocks and their estimated errors; each number takes the better of the steps that were tried."""
-        unit = self._difference(self.x, times, times, relative=False, judged=judged or self.far)
-        if not self.far:
-            return unit
-        scaled = self._difference(self.x, times, times, relative=True, judged=True)
-        return [_better(a, b) for a, b in zip(unit, scaled, strict=True)]
+    def values_at_x(self) -> tuple[Tensor, ...]:
+        """fn itself."""
+        return self._values(self.x)
 
-    def _difference(self, x: Tensors, times: int, total: int, *, relative: bool, judged: bool) -> Blocks:
+    def derivative(self, times: int, judged: bool) -> list[Estimate]:
+        """One estimate for each block; each number takes the better of the steps that were tried."""
+        kinds = (False, True) if self.far else (False,)
+        judged = judged or self.far
+        if times > 1:  # the inner differences use the same kind of step
+            tried = [self._difference(self.x, times, times, (kind,), judged)[0] for kind in kinds]
+        else:
+            tried = self._difference(self.x, 1, 1, kinds, judged)
+        return [functools.reduce(Estimate.or_else, blocks) for blocks in zip(*tried, strict=True)]
+
+    def _difference(self, x: Tensors, times: int, total: int, kinds: tuple[bool, ...], judged: bool) -> list[list[Estimate]]:
+        """For each kind of step the estimates of all blocks."""
+
         def inner(x: Tensors) -> tuple[Tensor, ...]:
             if times == 1:
                 return self._values(x)
-            return tuple(b for b, _ in self._difference(x, times - 1, total, relative=relative, judged=False))
+            return tuple(e.value for e in self._difference(x, times - 1, total, kinds, False)[0])
 
-        along = [self._along(inner, x, i, times, total, relative, judged) for i in range(len(x))]
-        return list(itertools.chain(*zip(*along, strict=True)))
+        along = [self._along(inner, x, i, times, total, kinds, judged) for i in range(len(x))]
+        return [list(itertools.chain(*zip(*(leaf[k] for leaf in along), strict=True))) for k in range(len(kinds))]
 
     def _values(self, x: Tensors) -> tuple[Tensor, ...]:
         how = self.how
@@ -148,36 +160,50 @@ class _Point:
             raise StructureError(f"`{how.caller}`: fn returned no floating tensor or array, so there is nothing to difference.")
         dims = y_event_dims(how, self.y, leaves)
         self.y_batch = [t.ndim - d for t, d in zip(leaves, dims, strict=True)]
-        self.precise &= all(real_dtype(t.dtype) == self.x[0].dtype for t in leaves)
+        coarse = [torch.finfo(t.dtype).eps for t in leaves if real_dtype(t.dtype) != self.x[0].dtype]
+        self.precise &= not coarse
+        self.found_eps = max([self.found_eps, *coarse])
         return leaves
 
-    def _along(self, inner: Any, x: Tensors, i: int, times: int, total: int, relative: bool, judged: bool) -> Blocks:
-        """Differences along each number of leaf i of x."""
+    def _along(
+        self, inner: Any, x: Tensors, i: int, times: int, total: int, kinds: tuple[bool, ...], judged: bool
+    ) -> list[list[Estimate]]:
+        """Differences along each number of leaf i of x, for each kind of step; all points in one batched call."""
         event = x[i].shape[x[i].ndim - self.x_dims[i] :]
-        n, by_imaginary = prod(event), self.how.method == "complex" and times == 1
+        units = _unit_vectors(x[i], event)
+        if self.how.method == "complex" and times == 1:
+            size = x[i].abs().clamp(max=1)
+            steps = [_IMAGINARY_STEP * torch.where(size > 0, size, 1.0)]
+            values, _ = _at(inner, x, i, [steps[0] * units], (1j,), center=False)
+            values = [[_imaginary_part(self.how.caller, t) for t in values[0]]] * len(kinds)
+            return [self._estimates(v, steps[0], event, len(x), times, None) for v in values]
         rule = self._stencil(total)
         rule = rule if judged else rule.bare()
-        h = _IMAGINARY_STEP * x[i].abs().clamp(min=1e-50) if by_imaginary else self._step(x[i], rule, total, relative)
-        moves = (1j,) if by_imaginary else tuple(c for c in rule.points if c)
-        values = _at(inner, x, i, h * _unit_vectors(x[i], event), moves)
-        if by_imaginary:
-            values = [_imaginary_part(self.how.caller, t) for t in values]
-        elif 0.0 in rule.points:
-            at_x = rule.points.index(0.0)
-            values = [_insert(t, c, at_x) for t, c in zip(values, inner(x), strict=True)]
-        rows = zip(values, [self.y_batch[a // len(x) ** (times - 1)] for a in range(len(values))], strict=True)
-        steps = h.expand(x[i].shape).flatten(x[i].ndim - len(event)).movedim(-1, 0) if event else h.unsqueeze(0)
-        blocks: Blocks = []
-        for value, batch in rows:
-            lined_up = steps.reshape(n, *(1,) * (batch + 1 - steps.ndim), *steps.shape[1:], *(1,) * (value.ndim - 2 - batch))
-            if by_imaginary:
+        steps = [self._step(x[i], rule, total, kind) for kind in kinds]
+        moves = tuple(c for c in rule.points if c)
+        values, at_x = _at(inner, x, i, [h * units for h in steps], moves, center=0.0 in rule.points)
+        if at_x is not None:
+            place = rule.points.index(0.0)
+            values = [[_insert(t, c, place) for t, c in zip(v, at_x, strict=True)] for v in values]
+        return [self._estimates(v, h, event, len(x), times, rule) for v, h in zip(values, steps, strict=True)]
+
+    def _estimates(
+        self, values: list[Tensor], h: Tensor, event: Sequence[int], leaves: int, times: int, rule: Stencil | None
+    ) -> list[Estimate]:
+        """What values (points, n, *value) say of each block (*value, *event)."""
+        n = prod(event)
+        steps = h.flatten(h.ndim - len(event)).movedim(-1, 0) if event else h.unsqueeze(0)
+        found = []
+        for a, value in enumerate(values):
+            batch, shape = self.y_batch[a // leaves ** (times - 1)], (*value.shape[2:], *event)
+            lined_up = steps.reshape((n, *(1,) * (batch + 1 - steps.ndim), *steps.shape[1:], *(1,) * (value.ndim - 2 - batch)))
+            if rule is None:  # the complex step: no cancellation
                 block = value[0] / lined_up
-                error = self.eps * block.abs()
+                estimate = Estimate(block, self.eps * block.abs(), 0 * block, self.eps * block.abs())
             else:
-                block, error = rule.combine(value, lined_up, self.eps)
-            shape = (*value.shape[2:], *event)
-            blocks.append((block.movedim(0, -1).reshape(shape), error.movedim(0, -1).reshape(shape)))
-        return blocks
+                estimate = rule.combine(value, lined_up, self.eps)
+            found.append(Estimate(*(t.movedim(0, -1).reshape(shape) for t in estimate)))
+        return found
 
     def _stencil(self, total: int) -> Stencil:
         how = self.how
@@ -188,10 +214,21 @@ class _Point:
             order = 4 if how.method == "central" else 3
         return stencil(how.caller, how.method, order)
 
+    def _given_step(self, x: Tensor) -> Tensor:
+        h = torch.as_tensor(self.how.step, dtype=x.dtype, device=x.device)
+        try:
+            h = h.expand(x.shape)
+        except RuntimeError as error:
+            raise StructureError(
+                f"`{self.how.caller}`: `step` of shape {tuple(h.shape)} does not broadcast against x, {tuple(x.shape)}."
+            ) from error
+        if not torch.compiler.is_dynamo_compiling() and not (h > 0).all():
+            raise ValueError(f"`{self.how.caller}`: `step` must be positive everywhere; it goes down to {float(h.min()):.3g}.")
+        return (x + h) - x  # the step that the numbers can make
+
     def _step(self, x: Tensor, rule: Stencil, total: int, relative: bool) -> Tensor:
         if self.how.step is not None:
-            h = torch.as_tensor(self.how.step, dtype=x.dtype, device=x.device).expand(x.shape)
-            return (x + h) - x
+            return self._given_step(x)
         size = x.abs()
         length = torch.where(_is_far(x), size if relative else 1.0, size.clamp(max=1))
         length = torch.where(size > 0, length, 1.0)
@@ -214,17 +251,6 @@ def _hollow(part: Partition) -> Partition:
     return replace(part, mould=(None,) * len(part.mould))
 
 
-def _better(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """For each number the more trustworthy estimate, by the product of its absolute and relative error.
-
-    Absolute errors alone prefer a wrong derivative that is far too small, relative ones alone a wrong one
-    where the right one is zero.
-    """
-    doubts = [(e * (e / b.abs()).clamp(max=1)).nan_to_num(nan=torch.inf) for b, e in (one, other)]
-    trusted = doubts[1] < doubts[0]
-    return torch.where(trusted, other[0], one[0]), torch.where(trusted, other[1], one[1])
-
-
 def _unit_vectors(x: Tensor, event: Sequence[int]) -> Tensor:
     """(n, 1, ..., *event), one for each number of a sample."""
     n = prod(event)
@@ -232,16 +258,22 @@ def _unit_vectors(x: Tensor, event: Sequence[int]) -> Tensor:
     return eye.reshape(n, *(1,) * (x.ndim - len(event)), *event)
 
 
-def _at(inner: Any, x: Tensors, i: int, offsets: Tensor, moves: Sequence[Any]) -> list[Tensor]:
-    """The values at x + c * offset for all moves c and offsets, each (moves, offsets, *value)."""
-    c = torch.tensor(moves, device=offsets.device, dtype=offsets.dtype if moves != (1j,) else torch.complex128)
-    points = x[i] + c.reshape(-1, *(1,) * offsets.ndim) * offsets
+def _at(
+    inner: Any, x: Tensors, i: int, offsets: list[Tensor], moves: tuple[Any, ...], *, center: bool
+) -> tuple[list[list[Tensor]], list[Tensor] | None]:
+    """The values at x + c * offset, for each set of offsets (moves, n, *value), and those at x; one vmap for all."""
+    kind = torch.complex128 if moves == (1j,) else x[i].dtype
+    c = torch.tensor(moves, device=x[i].device, dtype=kind)
+    points = [x[i] + c.reshape(-1, *(1,) * offset.ndim) * offset for offset in offsets]
+    rows = [p.flatten(0, 1) for p in points] + [x[i].unsqueeze(0)] * center
 
     def value(point: Tensor) -> tuple[Tensor, ...]:
         return tuple(inner((*x[:i], point, *x[i + 1 :])))
 
-    values = torch.vmap(value)(points.flatten(0, 1))
-    return [t.unflatten(0, points.shape[:2]).to(_WIDE.get(t.dtype, t.dtype)) for t in values]
+    found = [t.to(_WIDE.get(t.dtype, t.dtype)) for t in torch.vmap(value)(torch.cat(rows))]
+    parts = [t.split([len(row) for row in rows]) for t in found]
+    sets = [[part[k].unflatten(0, p.shape[:2]) for part in parts] for k, p in enumerate(points)]
+    return sets, [part[-1][0] for part in parts] if center else None
 
 
 _WIDE = dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), torch.float64) | {torch.complex64: torch.complex128}
@@ -250,6 +282,15 @@ _WIDE = dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), torch.floa
 def _insert(values: Tensor, center: Tensor, at: int) -> Tensor:
     row = center.to(values.dtype).expand(values.shape[1:]).unsqueeze(0)
     return torch.cat([values[:at], row, values[at:]])
+
+
+def check_real_values(caller: str, leaves: Sequence[Tensor]) -> None:
+    """The imaginary part of f(x + ih) is the derivative only where f(x) itself has none."""
+    if any(t.is_complex() for t in leaves):
+        raise NoDerivativeError(
+            f"`{caller}`: method='complex' takes the imaginary part for the derivative, and fn is complex at real x. Use "
+            "method='central'."
+        )
 
 
 def _imaginary_part(caller: str, value: Tensor) -> Tensor:

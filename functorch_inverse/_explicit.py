@@ -115,6 +115,11 @@ class JacobianProblem(Problem):
         """The leaves of y with the derivatives that the Jacobian gives them."""
         x_part, x = Partition.of(given.x.join(given.x_tensors), is_differentiable)
         x_dims = event_dims(self.event_dim, x_part, x, self.caller, "event_dim")
+        if not values.leaves:
+            raise StructureError(
+                f"`{self.caller}`: the function returned no floating numbers, and integers have no derivative. Return floating "
+                "numbers (in NumPy: .astype(float))."
+            )
         y_dims = self._y_dims(given, values)
         batch = batch_shape(values.leaves, y_dims, self.caller, "y")
         out, into = Layout.of(values.leaves, y_dims), Layout.of(x, x_dims)

@@ -9,12 +9,12 @@ edition, section 5.7; Fornberg, Generation of Finite Difference Formulas on Arbi
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-__all__ = ["Method", "Order", "Stencil", "stencil"]
+__all__ = ["Estimate", "Method", "Order", "Stencil", "stencil"]
 
 Method: TypeAlias = Literal["central", "forward", "backward", "complex"]
 Order: TypeAlias = Literal["auto"] | int
@@ -51,17 +51,40 @@ class Stencil:
         used = [(c, w) for c, w in zip(self.points, self.rows[-1], strict=True) if w]
         return Stencil(self.order, tuple(c for c, _ in used), (tuple(w for _, w in used),))
 
-    def combine(self, values: Tensor, h: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """The derivative, and an estimate of its error, from values (points, ...)."""
+    def combine(self, values: Tensor, h: Tensor, eps: float) -> "Estimate":
+        """The derivative, and how far it can be trusted, from values (points, ...)."""
         rows = values.new_tensor(self.rows)
         estimates = torch.tensordot(rows, values, 1) / h
-        rounding = eps * values.abs().amax(0) * rows.abs().sum(-1)[(...,) + (None,) * (values.ndim - 1)] / h
+        weight = rows.abs().sum(-1)[(...,) + (None,) * (values.ndim - 1)]
+        rounding = (eps * values.abs().amax(0) * weight / h).to(h.dtype)
         if self.growth:
             return _extrapolate(estimates, rounding, self.growth)
-        best, error = estimates[-1], (estimates[-1] - estimates[0]).abs()
+        best, change = estimates[-1], (estimates[-1] - estimates[0]).abs()
         # Where (h/L)^q is the relative error of the other estimate, that of this one is its p/q-th power.
-        ratio = (error / best.abs()).nan_to_num(nan=0.0, posinf=1.0).clamp(max=1)
-        return best, error * ratio ** max(0.0, self.order / self.other - 1) + rounding[-1]
+        power = max(0.0, self.order / self.other - 1)
+        ratio = (change / best.abs()).nan_to_num(nan=0.0, posinf=1.0).clamp(max=1)
+        beyond = (change - 4 * rounding[-1]).clamp(min=0) / (best.abs() + rounding[-1])
+        return Estimate(best, change * ratio**power + rounding[-1], beyond.clamp(max=1) ** (1 + power), rounding[-1])
+
+
+class Estimate(NamedTuple):
+    """A derivative; its estimated error; its relative truncation error alone, and its rounding error alone."""
+
+    value: Tensor
+    error: Tensor
+    truncation: Tensor
+    rounding: Tensor
+
+    def or_else(self, other: "Estimate") -> "Estimate":
+        """For each number the more trustworthy of two; nan is not trusted at all.
+
+        Rounding counts by the larger of both values: one that is right is small where the derivative is zero,
+        and one that is wrong is small where the step is far too large.
+        """
+        size = torch.maximum(self.value.abs().nan_to_num(nan=0.0), other.value.abs().nan_to_num(nan=0.0))
+        doubts = [e.truncation + (e.rounding / size).nan_to_num(nan=0.0) + 0 * e.error for e in (self, other)]
+        first, second = (d.nan_to_num(nan=torch.inf) for d in doubts)
+        return Estimate(*(torch.where(second < first, b, a) for a, b in zip(self, other, strict=True)))
 
 
 def stencil(caller: str, method: str, order: Any) -> Stencil:
@@ -69,7 +92,7 @@ def stencil(caller: str, method: str, order: Any) -> Stencil:
     if method not in ("central", "forward", "backward", "complex"):
         raise ValueError(f"`{caller}`: `method` is {method!r}; choose 'central', 'forward', 'backward' or 'complex'.")
     choices = (1, 2, 3, "auto") if method in ("forward", "backward") else (2, 4, 6, "auto")
-    if order not in choices:
+    if order not in choices or isinstance(order, float):
         raise ValueError(f"`{caller}`: `order` is {order!r}; for method={method!r} choose {', '.join(map(repr, choices))}.")
     if method in ("central", "complex"):
         return _richardson_central() if order == "auto" else _central(order)
@@ -121,20 +144,21 @@ def _mirrored(forward: Stencil) -> Stencil:
     return replace(forward, points=points, rows=rows)
 
 
-def _extrapolate(estimates: Tensor, rounding: Tensor, growth: int) -> tuple[Tensor, Tensor]:
+def _extrapolate(estimates: Tensor, rounding: Tensor, growth: int) -> Estimate:
     """The entry of Ridders' tableau with the smallest estimated error, for each number by itself.
 
     Each level removes the next term of the error: T_ij = T_i,j-1 + (T_i,j-1 - T_i-1,j-1) / (growth^j - 1).
     """
-    best, error = estimates[0], torch.full_like(estimates[0], torch.inf)
-    row = [estimates[0]]
+    best, error = estimates[0], torch.full_like(rounding[0], torch.inf)
+    noise, row = rounding[0], [estimates[0]]
     for i in range(1, len(estimates)):
         new = [estimates[i]]
         for j in range(1, i + 1):
-            factor = float(growth) ** j if growth == 4 else 2.0**j
-            new.append(new[-1] + (new[-1] - row[j - 1]) / (factor - 1))
+            new.append(new[-1] + (new[-1] - row[j - 1]) / (float(growth) ** j - 1))
             change = torch.maximum((new[j] - new[j - 1]).abs(), (new[j] - row[j - 1]).abs()) + rounding[i]
             better = change < error
             best, error = torch.where(better, new[j], best), torch.where(better, change, error)
+            noise = torch.where(better, rounding[i], noise)
         row = new
-    return best, error
+    beyond = (error - 5 * noise).clamp(min=0) / (best.abs() + noise)
+    return Estimate(best, error, beyond.clamp(max=1), noise)

@@ -67,14 +67,15 @@ def _leaf(vector: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def batch_shape(leaves: Sequence[Tensor], event_dims: Sequence[int], caller: str, what: str) -> torch.Size:
     """The leading dims that all leaves share."""
-    shapes = {leaf.shape[: leaf.ndim - dim] for leaf, dim in zip(leaves, event_dims, strict=True)}
-    if len(shapes) > 1:
+    # Compared one by one: a set would hash sizes, which makes them constants of a trace.
+    shapes = [leaf.shape[: leaf.ndim - dim] for leaf, dim in zip(leaves, event_dims, strict=True)]
+    if any(shape != shapes[0] for shape in shapes):
         raise StructureError(
-            f"`{caller}`: the leaves of {what} have the batch shapes {sorted(map(tuple, shapes))}; one sample "
+            f"`{caller}`: the leaves of {what} have the batch shapes {[tuple(shape) for shape in shapes]}; one sample "
             "takes a part of every leaf, so they must agree. Choose `event_dim` per leaf such that they do, "
             "or None to make the whole input one sample."
         )
-    return shapes.pop() if shapes else torch.Size()
+    return shapes[0] if shapes else torch.Size()
 
 
 def lead(caller: str, x: Tensor, dim: int, batch: Sequence[int]) -> Tensor:

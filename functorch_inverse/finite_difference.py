@@ -12,10 +12,10 @@ from torch import Tensor
 from functorch_inverse import _torch
 from functorch_inverse._call import Given, Values, solve
 from functorch_inverse._capture import Captured
-from functorch_inverse._differences import Derivative, Differences, ValueProblem, out_prefix
+from functorch_inverse._differences import Derivative, Differences, ValueProblem, check_real_values, out_prefix
 from functorch_inverse._explicit import JacobianProblem
 from functorch_inverse._stencils import Method, Order, stencil
-from functorch_inverse._tree import Partition, Tree, event_dims, flatten, is_differentiable
+from functorch_inverse._tree import Partition, Tree, event_dims, is_differentiable, prefix_values
 from functorch_inverse._values import VmapMethod, check_vmap_method
 from functorch_inverse.custom import Chosen, CustomJacobian, check_argnums, check_callables
 
@@ -38,7 +38,7 @@ class _DifferenceProblem(JacobianProblem):
             evidence=_Level(how, times + 1),
             event_dim=how.event_dim,
             out_event_dim=how.out_event_dim,
-            vmap_method=how.vmap_method,
+            vmap_method=_for_derivative(how) if times else how.vmap_method,
             has_aux=how.has_aux and not times,
             how=how,
             times=times,
@@ -46,22 +46,27 @@ class _DifferenceProblem(JacobianProblem):
 
     def attach(self, given: Given, values: Values, captured: Captured) -> tuple[Tensor, ...]:
         """The leaves with their derivative; a trace ends where no higher one can be asked for."""
+        if self.how.method == "complex" and not self.times:
+            check_real_values(self.caller, values.leaves)
         if torch.compiler.is_dynamo_compiling() and self.times >= _torch.derivative_order():
             return values.leaves
         return super().attach(given, values, captured)
 
     def _y_dims(self, given: Given, values: Values) -> tuple[int, ...]:
         """Those of fn's own output, and those of x for each derivative."""
+        if not self.times:
+            return super()._y_dims(given, values)
         part, x = Partition.of(given.x.join(given.x_tensors), is_differentiable)
         x_dims = event_dims(self.event_dim, part, x, self.caller, "event_dim")
         more = [sum(dims) for dims in itertools.product(x_dims, repeat=self.times)]
-        count = len(values.tensors) // len(more)
-        said = flatten(out_prefix(self.how))[0]
-        own = said * count if len(said) == 1 else said
-        paths = itertools.product(own, more)
-        return tuple(
-            t.ndim if d is None else d + rest for t, (d, rest) in zip(values.tensors, paths, strict=True)
-        )
+        own = prefix_values(out_prefix(self.how), values.y, values.tensors, self.caller, "out_event_dim")
+        pairs = zip(values.tensors, own, itertools.cycle(more), strict=False)
+        return tuple(t.ndim if d is None else d + rest for t, d, rest in pairs)
+
+
+def _for_derivative(how: Differences) -> VmapMethod | None:
+    """How vmap calls a derivative: with a leading dim only where that is a batch dim and no part of the sample."""
+    return None if how.vmap_method is None or (how.vmap_method, how.event_dim) == ("broadcast", 0) else "sequential"
 
 
 @dataclass(frozen=True)
@@ -192,7 +197,7 @@ def numerical_jacobian(
     numbers = argnums if isinstance(argnums, tuple) else (argnums,)
     chosen = tuple(args[i] for i in numbers)
     others = tuple(arg for i, arg in enumerate(args) if i not in numbers)
-    problem = ValueProblem(caller=caller, g=_Judged(how), event_dim=event_dim, vmap_method=vmap_method)
+    problem = ValueProblem(caller=caller, g=_Judged(how), event_dim=event_dim, vmap_method=_for_derivative(how))
     return solve(problem, chosen if isinstance(argnums, tuple) else chosen[0], others, {})
 
 
@@ -210,6 +215,8 @@ def _differences(caller: str, fn: Callable[..., Any], argnums: Any, method: Any,
     stencil(caller, method, order)
     how = Differences(caller, Chosen(fn, argnums), method, order, *rest)
     check_vmap_method(caller, how.vmap_method)
-    if how.noise < 0 or (isinstance(how.step, int | float) and not how.step > 0):
+    if not isinstance(how.step, int | float | Tensor | None):
+        raise TypeError(f"`{caller}`: `step` is {how.step!r}; a number, a tensor or None is needed.")
+    if not how.noise >= 0 or (isinstance(how.step, int | float) and not how.step > 0):
         raise ValueError(f"`{caller}`: step={how.step}, noise={how.noise}: `step` is None or positive, `noise` not negative.")
     return how
