@@ -172,14 +172,15 @@ class _Point:
         event = x[i].shape[x[i].ndim - self.x_dims[i] :]
         units = _unit_vectors(x[i], event)
         if self.how.method == "complex" and times == 1:
-            size = x[i].abs().clamp(max=1)
+            size = self.x[i].abs().clamp(max=1)
             steps = [_IMAGINARY_STEP * torch.where(size > 0, size, 1.0)]
             values, _ = _at(inner, x, i, [steps[0] * units], (1j,), center=False)
             values = [[_imaginary_part(self.how.caller, t) for t in values[0]]] * len(kinds)
             return [self._estimates(v, steps[0], event, len(x), times, None) for v in values]
         rule = self._stencil(total)
         rule = rule if judged else rule.bare()
-        steps = [self._step(x[i], rule, total, kind) for kind in kinds]
+        # From the point itself, also where x is one beside it: a step that jumps would be differentiated too.
+        steps = [self._step(self.x[i], rule, total, kind) for kind in kinds]
         moves = tuple(c for c in rule.points if c)
         values, at_x = _at(inner, x, i, [h * units for h in steps], moves, center=0.0 in rule.points)
         if at_x is not None:
@@ -201,7 +202,9 @@ class _Point:
                 block = value[0] / lined_up
                 estimate = Estimate(block, self.eps * block.abs(), 0 * block, self.eps * block.abs())
             else:
-                estimate = rule.combine(value, lined_up, self.eps)
+                # Values that are differences themselves have lost a factor of the relative step, or of a smaller one, each time.
+                lost = lined_up.clamp(max=rule.step(self.eps, times)) ** (times - 1)
+                estimate = rule.combine(value, lined_up, self.eps / lost)
             found.append(Estimate(*(t.movedim(0, -1).reshape(shape) for t in estimate)))
         return found
 

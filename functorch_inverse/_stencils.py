@@ -51,8 +51,8 @@ class Stencil:
         used = [(c, w) for c, w in zip(self.points, self.rows[-1], strict=True) if w]
         return Stencil(self.order, tuple(c for c, _ in used), (tuple(w for _, w in used),))
 
-    def combine(self, values: Tensor, h: Tensor, eps: float) -> "Estimate":
-        """The derivative, and how far it can be trusted, from values (points, ...)."""
+    def combine(self, values: Tensor, h: Tensor, eps: Tensor) -> "Estimate":
+        """The derivative, and how far it can be trusted, from values (points, ...) of relative precision eps."""
         rows = values.new_tensor(self.rows)
         estimates = torch.tensordot(rows, values, 1) / h
         weight = rows.abs().sum(-1)[(...,) + (None,) * (values.ndim - 1)]
