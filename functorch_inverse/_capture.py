@@ -180,10 +180,10 @@ class _Substitute(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.table:
             args, kwargs = _pytree.tree_map(lambda leaf: self.table.get(id(leaf), leaf), (tuple(args), kwargs or {}))
-        if self.level <= 0:
+        if self.level <= 0 or func.__name__ == "__get__":
             return func(*args, **(kwargs or {}))
         for tensor in _tensors_in(args, kwargs):
-            if _torch.level(tensor) < self.level and id(tensor) not in self.made and _torch.is_open(tensor):
+            if _torch.level(tensor) < self.level and id(tensor) not in self.made and _torch.is_live(tensor):
                 raise NoDerivativeError(
                     f"f read a live tensor of shape {tuple(tensor.shape)} that nobody could see when g was called, so its "
                     "derivative would be lost. Hand it over as an argument: g(x, tensor) with f(y, tensor)."

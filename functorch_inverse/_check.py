@@ -37,6 +37,7 @@ def check_residual(caller: str, check: bool | float, got: Tensors, x: Tensors, y
         allowed = tolerance * _largest(wanted) + 16 * eps * _largest(at)
         # nan in, nan out is no mistake of f; nan from finite numbers is.
         error = torch.where(wanted.isfinite().all(-1), error.nan_to_num(nan=torch.inf), 0)
+        allowed = allowed.nan_to_num(nan=0.0)
         _Inspect.apply(caller, tolerance, error.detach(), allowed.detach())
 
 

@@ -115,9 +115,12 @@ class _Point:
         self.y: Partition | None = None
         self.y_batch: list[int] = []
         self.precise, self.found_eps = True, 0.0
-        # Whether the two lengths, |x| and 1, are far apart somewhere; a trace cannot tell.
-        tracing = torch.compiler.is_dynamo_compiling()
-        self.far = how.step is None and (tracing or any(bool(_is_far(t).any()) for t in x))
+
+    def _is_far(self, times: int) -> bool:
+        """Whether the two lengths, |x| and 1, are far apart somewhere; a trace cannot tell."""
+        if self.how.step is not None:
+            return False
+        return torch.compiler.is_dynamo_compiling() or any(bool(_is_far(t, times).any()) for t in self.x)
 
     def tree(self, blocks: list[Tree], times: int) -> Tree:
         """Blocks in the structure of y, in each leaf that of x, and so on."""
@@ -133,8 +136,8 @@ class _Point:
 
     def derivative(self, times: int, judged: bool) -> list[Estimate]:
         """One estimate for each block; each number takes the better of the steps that were tried."""
-        kinds = (False, True) if self.far else (False,)
-        judged = judged or self.far
+        far = self._is_far(times)
+        kinds, judged = (False, True) if far else (False,), judged or far
         if times > 1:  # the inner differences use the same kind of step
             tried = [self._difference(self.x, times, times, (kind,), judged)[0] for kind in kinds]
         else:
@@ -175,8 +178,9 @@ class _Point:
             size = self.x[i].abs().clamp(max=1)
             steps = [_IMAGINARY_STEP * torch.where(size > 0, size, 1.0)]
             values, _ = _at(inner, x, i, [steps[0] * units], (1j,), center=False)
-            values = [[_imaginary_part(self.how.caller, t) for t in values[0]]] * len(kinds)
-            return [self._estimates(v, steps[0], event, len(x), times, None) for v in values]
+            parts = [_imaginary_part(self.how.caller, t) for t in values[0]]
+            estimates = self._estimates(parts, steps[0], event, len(x), times, None, [t[0].real for t in values[0]])
+            return [estimates] * len(kinds)
         rule = self._stencil(total)
         rule = rule if judged else rule.bare()
         # From the point itself, also where x is one beside it: a step that jumps would be differentiated too.
@@ -189,7 +193,14 @@ class _Point:
         return [self._estimates(v, h, event, len(x), times, rule) for v, h in zip(values, steps, strict=True)]
 
     def _estimates(
-        self, values: list[Tensor], h: Tensor, event: Sequence[int], leaves: int, times: int, rule: Stencil | None
+        self,
+        values: list[Tensor],
+        h: Tensor,
+        event: Sequence[int],
+        leaves: int,
+        times: int,
+        rule: Stencil | None,
+        of_x: Sequence[Tensor] = (),
     ) -> list[Estimate]:
         """What values (points, n, *value) say of each block (*value, *event)."""
         n = prod(event)
@@ -200,9 +211,10 @@ class _Point:
             lined_up = steps.reshape((n, *(1,) * (batch + 1 - steps.ndim), *steps.shape[1:], *(1,) * (value.ndim - 2 - batch)))
             if rule is None:  # the complex step: no cancellation
                 block = value[0] / lined_up
-                estimate = Estimate(block, self.eps * block.abs(), 0 * block, self.eps * block.abs())
+                terms = block.abs() + of_x[a].abs() * _IMAGINARY_STEP / lined_up
+                estimate = Estimate(block, self.eps * terms, lined_up.expand(block.shape))
             else:
-                # Values that are differences themselves have lost a factor of the relative step, or of a smaller one, each time.
+                # Values that are differences themselves have lost a factor of the step each time.
                 lost = lined_up.clamp(max=rule.step(self.eps, times)) ** (times - 1)
                 estimate = rule.combine(value, lined_up, self.eps / lost)
             found.append(Estimate(*(t.movedim(0, -1).reshape(shape) for t in estimate)))
@@ -233,7 +245,7 @@ class _Point:
         if self.how.step is not None:
             return self._given_step(x)
         size = x.abs()
-        length = torch.where(_is_far(x), size if relative else 1.0, size.clamp(max=1))
+        length = torch.where(_is_far(x, total), size if relative else 1.0, size.clamp(max=1))
         length = torch.where(size > 0, length, 1.0)
         h = rule.step(self.eps, total - (self.how.method == "complex")) * length
         # A power of two, and no smaller than some units in the last place of x: then x + c h is exact.
@@ -244,9 +256,10 @@ class _Point:
 _IMAGINARY_STEP = 2.0**-70
 
 
-def _is_far(x: Tensor) -> Tensor:
+def _is_far(x: Tensor, times: int) -> Tensor:
+    """Where |x| and 1 differ by more than a factor that costs little; a small step costs more each time."""
     size = x.abs()
-    return (size > 0) & ((size < 1e-2) | (size > 1e2))
+    return (size > 0) & ((size < (1e-2 if times == 1 else 0.5)) | (size > 1e2))
 
 
 def _hollow(part: Partition) -> Partition:

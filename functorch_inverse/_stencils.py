@@ -20,9 +20,19 @@ Method: TypeAlias = Literal["central", "forward", "backward", "complex"]
 Order: TypeAlias = Literal["auto"] | int
 
 # Weights of f(x + c h) for c > 0; those of -c are their negatives.
-_CENTRAL = {2: (1 / 2,), 4: (2 / 3, -1 / 12), 6: (3 / 4, -3 / 20, 1 / 60)}
+_CENTRAL = {
+    2: (1 / 2,),
+    4: (2 / 3, -1 / 12),
+    6: (3 / 4, -3 / 20, 1 / 60),
+    8: (4 / 5, -1 / 5, 4 / 105, -1 / 280),
+}
 # Weights of f(x + c h) for c = 0, 1, ...
-_ONE_SIDED = {1: (-1.0, 1.0), 2: (-3 / 2, 2.0, -1 / 2), 3: (-11 / 6, 3.0, -3 / 2, 1 / 3)}
+_ONE_SIDED = {
+    1: (-1.0, 1.0),
+    2: (-3 / 2, 2.0, -1 / 2),
+    3: (-11 / 6, 3.0, -3 / 2, 1 / 3),
+    4: (-25 / 12, 4.0, -3.0, 4 / 3, -1 / 4),
+}
 _RICHARDSON_LEVELS = 10
 
 
@@ -30,14 +40,13 @@ _RICHARDSON_LEVELS = 10
 class Stencil:
     """Points c in units of the step, and how values there become a derivative and its error.
 
-    `rows` hold the weights of one estimate each: one of order `other` to compare with, then the one that
-    counts. Those of Richardson extrapolation are the plain differences with steps h, h/2, h/4, ...
+    `rows` hold the weights of the derivative, and of one of a higher order that shows its error. Those of
+    Richardson extrapolation are the plain differences with steps h, h/2, h/4, ...
     """
 
     order: int
     points: tuple[float, ...]
     rows: tuple[tuple[float, ...], ...]
-    other: int = 1
     growth: int = 0
 
     def step(self, eps: float, times: int) -> float:
@@ -48,43 +57,42 @@ class Stencil:
         """Without what only the error estimate needs."""
         if self.growth:
             return self
-        used = [(c, w) for c, w in zip(self.points, self.rows[-1], strict=True) if w]
+        used = [(c, w) for c, w in zip(self.points, self.rows[0], strict=True) if w]
         return Stencil(self.order, tuple(c for c, _ in used), (tuple(w for _, w in used),))
 
     def combine(self, values: Tensor, h: Tensor, eps: Tensor) -> "Estimate":
-        """The derivative, and how far it can be trusted, from values (points, ...) of relative precision eps."""
+        """The derivative and its error from values (points, ...) of relative precision eps."""
         rows = values.new_tensor(self.rows)
         estimates = torch.tensordot(rows, values, 1) / h
         weight = rows.abs().sum(-1)[(...,) + (None,) * (values.ndim - 1)]
         rounding = (eps * values.abs().amax(0) * weight / h).to(h.dtype)
+        step = h.expand(values.shape[1:])
         if self.growth:
-            return _extrapolate(estimates, rounding, self.growth)
-        best, change = estimates[-1], (estimates[-1] - estimates[0]).abs()
-        # Where (h/L)^q is the relative error of the other estimate, that of this one is its p/q-th power.
-        power = max(0.0, self.order / self.other - 1)
-        ratio = (change / best.abs()).nan_to_num(nan=0.0, posinf=1.0).clamp(max=1)
-        beyond = (change - 4 * rounding[-1]).clamp(min=0) / (best.abs() + rounding[-1])
-        return Estimate(best, change * ratio**power + rounding[-1], beyond.clamp(max=1) ** (1 + power), rounding[-1])
+            return Estimate(*_extrapolate(estimates, rounding, self.growth), step)
+        return Estimate(estimates[0], (estimates[0] - estimates[-1]).abs() + rounding.amax(0), step)
 
 
 class Estimate(NamedTuple):
-    """A derivative; its estimated error; its relative truncation error alone, and its rounding error alone."""
+    """A derivative, its estimated error and the step that it was made with."""
 
     value: Tensor
     error: Tensor
-    truncation: Tensor
-    rounding: Tensor
+    step: Tensor
 
     def or_else(self, other: "Estimate") -> "Estimate":
-        """For each number the more trustworthy of two; nan is not trusted at all.
+        """For each number that of the shorter step, or that of the longer one where it refines it.
 
-        Rounding counts by the larger of both values: one that is right is small where the derivative is zero,
-        and one that is wrong is small where the step is far too large.
+        The error of a short step is rounding, which can be bounded. A long one may miss what changes fast, and
+        then its own estimate looks splendid: so it is believed within the error of the short one alone.
         """
-        size = torch.maximum(self.value.abs().nan_to_num(nan=0.0), other.value.abs().nan_to_num(nan=0.0))
-        doubts = [e.truncation + (e.rounding / size).nan_to_num(nan=0.0) + 0 * e.error for e in (self, other)]
-        first, second = (d.nan_to_num(nan=torch.inf) for d in doubts)
-        return Estimate(*(torch.where(second < first, b, a) for a, b in zip(self, other, strict=True)))
+        swap = other.step < self.step
+        short = [torch.where(swap, b, a) for a, b in zip(self, other, strict=True)]
+        long = [torch.where(swap, a, b) for a, b in zip(self, other, strict=True)]
+        refines = ((long[0] - short[0]).abs() <= short[1]) & (long[1] < short[1])
+        # A step below the last place of what it moves sees no change at all.
+        blind = ~short[0].isfinite() | ((short[0] == 0) & (short[1] == 0))
+        refines = refines | blind
+        return Estimate(*(torch.where(refines, b, a) for a, b in zip(short, long, strict=True)))
 
 
 def stencil(caller: str, method: str, order: Any) -> Stencil:
@@ -101,28 +109,18 @@ def stencil(caller: str, method: str, order: Any) -> Stencil:
 
 
 def _central(order: int) -> Stencil:
-    points = [0.0]
-    for c in range(1, order // 2 + 1):
-        points += [float(c), -float(c)]
-    coarser = _weights(points, _CENTRAL[order - 2]) if order > 2 else _forward_weights(points)
-    return Stencil(order, tuple(points), (coarser, _weights(points, _CENTRAL[order])), max(1, order - 2))
+    points = tuple(c for n in range(1, order // 2 + 2) for c in (float(n), -float(n)))
+    return Stencil(order, points, (_weights(points, _CENTRAL[order]), _weights(points, _CENTRAL[order + 2])))
 
 
-def _weights(points: list[float], positive: tuple[float, ...]) -> tuple[float, ...]:
+def _weights(points: tuple[float, ...], positive: tuple[float, ...]) -> tuple[float, ...]:
     table = {c + 1: w for c, w in enumerate(positive)}
     return tuple(table.get(int(abs(c)), 0.0) * (1 if c > 0 else -1) for c in points)
 
 
-def _forward_weights(points: list[float]) -> tuple[float, ...]:
-    return tuple({0.0: -1.0, 1.0: 1.0}.get(c, 0.0) for c in points)
-
-
 def _one_sided(order: int) -> Stencil:
-    """With one more point where needed, so that two estimates can be compared."""
-    orders = (order - 1, order) if order > 1 else (2, 1)
-    points = tuple(float(c) for c in range(max(orders) + 1))
-    rows = tuple(_ONE_SIDED[p] + (0.0,) * (len(points) - p - 1) for p in orders)
-    return Stencil(order, points, rows, orders[0])
+    points = tuple(float(c) for c in range(order + 2))
+    return Stencil(order, points, ((*_ONE_SIDED[order], 0.0), _ONE_SIDED[order + 1]))
 
 
 def _richardson_central() -> Stencil:
@@ -144,13 +142,12 @@ def _mirrored(forward: Stencil) -> Stencil:
     return replace(forward, points=points, rows=rows)
 
 
-def _extrapolate(estimates: Tensor, rounding: Tensor, growth: int) -> Estimate:
+def _extrapolate(estimates: Tensor, rounding: Tensor, growth: int) -> tuple[Tensor, Tensor]:
     """The entry of Ridders' tableau with the smallest estimated error, for each number by itself.
 
     Each level removes the next term of the error: T_ij = T_i,j-1 + (T_i,j-1 - T_i-1,j-1) / (growth^j - 1).
     """
-    best, error = estimates[0], torch.full_like(rounding[0], torch.inf)
-    noise, row = rounding[0], [estimates[0]]
+    best, error, row = estimates[0], torch.full_like(rounding[0], torch.inf), [estimates[0]]
     for i in range(1, len(estimates)):
         new = [estimates[i]]
         for j in range(1, i + 1):
@@ -158,7 +155,5 @@ def _extrapolate(estimates: Tensor, rounding: Tensor, growth: int) -> Estimate:
             change = torch.maximum((new[j] - new[j - 1]).abs(), (new[j] - row[j - 1]).abs()) + rounding[i]
             better = change < error
             best, error = torch.where(better, new[j], best), torch.where(better, change, error)
-            noise = torch.where(better, rounding[i], noise)
         row = new
-    beyond = (error - 5 * noise).clamp(min=0) / (best.abs() + noise)
-    return Estimate(best, error, beyond.clamp(max=1), noise)
+    return best, error

@@ -116,6 +116,8 @@ def _rounding(lu: Tensor) -> float:
 
 def _suspect(matrix: Tensor, lu: Tensor) -> Tensor:
     """Which matrices are worth a closer look: where all pivots are of the size of their columns, nothing was lost."""
+    if not lu.shape[-1]:
+        return lu.new_zeros(lu.shape[:-2], dtype=torch.bool)
     kept = lu.diagonal(dim1=-2, dim2=-1).abs() / matrix.abs().amax(-2)
     return ~(kept.prod(-1) > 1e4 * _rounding(lu))
 
