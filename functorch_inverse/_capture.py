@@ -183,7 +183,8 @@ class _Substitute(TorchFunctionMode):
         if self.level <= 0 or func.__name__ == "__get__":
             return func(*args, **(kwargs or {}))
         for tensor in _tensors_in(args, kwargs):
-            if _torch.level(tensor) < self.level and id(tensor) not in self.made and _torch.is_live(tensor):
+            # -2 is a level that f itself opened and closed again.
+            if -2 < _torch.level(tensor) < self.level and id(tensor) not in self.made and _torch.is_live(tensor):
                 raise NoDerivativeError(
                     f"f read a live tensor of shape {tuple(tensor.shape)} that nobody could see when g was called, so its "
                     "derivative would be lost. Hand it over as an argument: g(x, tensor) with f(y, tensor)."
