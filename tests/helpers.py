@@ -86,7 +86,7 @@ def with_batch(problem: Problem, *batch: int) -> tuple[Tensor, ...]:
 MAPPED = ("x", "theta", "both")
 
 
-def mapped(problem: Problem, over: str, size: int = 2, dim: int = 0) -> tuple[tuple[int | None, ...], tuple[Tensor, ...]]:
+def mapped(problem: Problem, over: str, size: int = 2, dim: int = 0) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
     """(in_dims, inputs) for a vmap over some of the inputs along some dim."""
     n, stacked, single = problem.x_count, problem.stacked(size), problem.inputs()
     chosen = [over == "both" or (i < n) == (over == "x") for i in range(len(single))]

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import optree
 import torch
 from torch import Tensor, nn
 
@@ -17,9 +16,10 @@ import functorch_inverse as fi
 
 DEVICE = torch.device("cpu")  # `pytest --device` sets it
 
-W = np.array([[3.0, 0.5, -0.4], [0.9, 2.5, 0.3], [-0.2, 0.7, 2.0]])
-P = np.array([[2.0, -0.7], [0.4, 1.5]])
-V = W + 1j * np.array([[0.3, -0.8, 0.1], [0.5, 0.2, -0.3], [0.1, 0.6, -0.4]])
+W = torch.tensor([[3.0, 0.5, -0.4], [0.9, 2.5, 0.3], [-0.2, 0.7, 2.0]], dtype=torch.float64)
+P = torch.tensor([[2.0, -0.7], [0.4, 1.5]], dtype=torch.float64)
+V = W + 1j * torch.tensor([[0.3, -0.8, 0.1], [0.5, 0.2, -0.3], [0.1, 0.6, -0.4]], dtype=torch.float64)
+W_INVERSE, P_INVERSE, V_INVERSE = map(torch.linalg.inv, (W, P, V))
 
 
 def array(t: Tensor) -> np.ndarray:
@@ -27,9 +27,9 @@ def array(t: Tensor) -> np.ndarray:
     return t.cpu().to(torch.complex128 if t.is_complex() else torch.float64).numpy()
 
 
-def constant(matrix: np.ndarray, like: Tensor) -> Tensor:
+def constant(matrix: Tensor, like: Tensor) -> Tensor:
     """A matrix of the catalogue on the device and in the dtype of a tensor."""
-    return torch.as_tensor(matrix).to(like)
+    return matrix.to(like)
 
 
 class Draw:
@@ -113,7 +113,7 @@ class Problem:
         call = _WAYS[self.way](self, rule)
 
         def function(*inputs: Tensor) -> tuple[Tensor, ...]:
-            made = [torch.view_as_complex(t) if c else t for t, c in zip(inputs, kinds, strict=True)]
+            made = [torch.view_as_complex(t.contiguous()) if c else t for t, c in zip(inputs, kinds, strict=True)]
             x, theta = join(made)
             return tuple(map(_to_real, _split(call(x, theta))[0]))
 
@@ -137,8 +137,7 @@ def _by_module(problem: Problem, rule: Callable[..., Any]) -> Callable[..., Any]
     leaves, join = _split(problem.draw(Draw(0))[1])
     module = Parameters(leaves)
     g, f = problem.g, problem.f
-    module.solve = rule(lambda x: g(x, *join(list(module.inner))), lambda y: f(y, *join(list(module.inner))),
-                        **problem.options)
+    module.solve = rule(lambda x: g(x, *join(list(module.inner))), lambda y: f(y, *join(list(module.inner))), **problem.options)
 
     def call(x: Any, theta: Any) -> Any:
         state = {f"inner.{i}": t for i, t in enumerate(_split(theta)[0])}
@@ -152,16 +151,26 @@ _WAYS = {"args": _by_args, "closure": _by_closure, "module": _by_module}
 
 def _split(tree: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
     """The tensors of a tree, and how to put others in their places."""
-    leaves, spec = optree.tree_flatten(tree, none_is_leaf=True)
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor | np.ndarray)]
+    leaves: list[Any] = []
+    mould = _map(tree, lambda leaf: leaves.append(leaf) or _HOLE)
 
     def join(tensors: list[Tensor]) -> Any:
-        whole = list(leaves)
-        for i, t in zip(places, tensors, strict=True):
-            whole[i] = t
-        return optree.tree_unflatten(spec, whole)
+        rest = list(tensors)
+        return _map(mould, lambda _: rest.pop(0))
 
-    return [leaves[i] for i in places], join
+    return leaves, join
+
+
+_HOLE = "a tensor belongs here"
+
+
+def _map(tree: Any, change: Callable[[Any], Any]) -> Any:
+    """A function of each tensor or hole; by hand, because Dynamo takes no treespec from outside."""
+    if isinstance(tree, dict):
+        return {key: _map(tree[key], change) for key in sorted(tree)}
+    if isinstance(tree, tuple | list):
+        return type(tree)([_map(part, change) for part in tree])
+    return change(tree) if isinstance(tree, Tensor) or tree is _HOLE else tree
 
 
 def _to_real(t: Tensor) -> Tensor:
@@ -172,7 +181,7 @@ def _to_real(t: Tensor) -> Tensor:
 
 
 def vector_g(x, c, b):
-    return np.arcsinh((array(x) - array(b)) @ np.linalg.inv(W).T) / array(c)
+    return np.arcsinh((array(x) - array(b)) @ W_INVERSE.numpy().T) / array(c)
 
 
 def vector_f(y, c, b):
@@ -180,7 +189,7 @@ def vector_f(y, c, b):
 
 
 def vector_exact(x, c, b):
-    return torch.asinh((x - b) @ constant(np.linalg.inv(W), x).T) / c
+    return torch.asinh((x - b) @ constant(W_INVERSE, x).T) / c
 
 
 def vector_draw(d):
@@ -200,7 +209,7 @@ def elementwise_exact(x, a):
 
 
 def matrix_g(x, c):
-    return np.arcsinh(np.linalg.inv(P) @ array(x) @ np.linalg.inv(W)) / array(c)
+    return np.arcsinh(P_INVERSE.numpy() @ array(x) @ W_INVERSE.numpy()) / array(c)
 
 
 def matrix_f(y, c):
@@ -208,33 +217,33 @@ def matrix_f(y, c):
 
 
 def matrix_exact(x, c):
-    return torch.asinh(constant(np.linalg.inv(P), x) @ x @ constant(np.linalg.inv(W), x)) / c
+    return torch.asinh(constant(P_INVERSE, x) @ x @ constant(W_INVERSE, x)) / c
 
 
 # --- pytrees ---------------------------------------------------------------------------------------
 
 
 def tree_g(x, c):
-    a = np.arcsinh(array(x["a"]) @ np.linalg.inv(W).T) / array(c)
-    damped = array(x["b"]) * np.exp(-0.2 * a.sum(-1))[..., None, None]
-    return {"a": a, "b": np.arcsinh(np.linalg.inv(P) @ damped)}
+    a = np.arcsinh(array(x["a"]) @ W_INVERSE.numpy().T) / array(c)
+    damped = array(x["b"]) * np.exp(-(0.2 * a).sum(-1))[..., None, None]
+    return {"a": a, "b": np.arcsinh(P_INVERSE.numpy() @ damped)}
 
 
 def tree_f(y, c):
-    grown = constant(P, c) @ torch.sinh(y["b"]) * torch.exp(0.2 * y["a"].sum(-1))[..., None, None]
+    grown = constant(P, c) @ torch.sinh(y["b"]) * torch.exp((0.2 * y["a"]).sum(-1))[..., None, None]
     return {"a": torch.sinh(c * y["a"]) @ constant(W, c).T, "b": grown}
 
 
 def tree_exact(x, c):
-    a = torch.asinh(x["a"] @ constant(np.linalg.inv(W), c).T) / c
-    damped = x["b"] * torch.exp(-0.2 * a.sum(-1))[..., None, None]
-    return {"a": a, "b": torch.asinh(constant(np.linalg.inv(P), c) @ damped)}
+    a = torch.asinh(x["a"] @ constant(W_INVERSE, c).T) / c
+    damped = x["b"] * torch.exp(-(0.2 * a).sum(-1))[..., None, None]
+    return {"a": a, "b": torch.asinh(constant(P_INVERSE, c) @ damped)}
 
 
 # x = ([u, v], s) with vectors u, v and a number s in each sample; event_dim=(1, 0) is a prefix.
 def prefix_g(x, c):
     (u, v), s = x
-    u = np.arcsinh(array(u) @ np.linalg.inv(P).T) / array(c)
+    u = np.arcsinh(array(u) @ P_INVERSE.numpy().T) / array(c)
     s = np.arcsinh(array(s) - u.sum(-1))
     return [u, array(v) * np.exp(s)[..., None] + u], s
 
@@ -246,14 +255,14 @@ def prefix_f(y, c):
 
 def prefix_exact(x, c):
     (u, v), s = x
-    u = torch.asinh(u @ constant(np.linalg.inv(P), c).T) / c
+    u = torch.asinh(u @ constant(P_INVERSE, c).T) / c
     s = torch.asinh(s - u.sum(-1))
     return [u, v * torch.exp(s)[..., None] + u], s
 
 
 # x is a 2x2 matrix, y a dict of three numbers and one.
 def reshaped_g(x, c):
-    rows = np.arcsinh(np.linalg.inv(P) @ array(x)).reshape(*x.shape[:-2], 4)
+    rows = np.arcsinh(P_INVERSE.numpy() @ array(x)).reshape(*x.shape[:-2], 4)
     p = rows[..., :3] / array(c)
     return {"p": p, "q": rows[..., 3] - p.sum(-1)}
 
@@ -264,7 +273,7 @@ def reshaped_f(y, c):
 
 
 def reshaped_exact(x, c):
-    rows = torch.asinh(constant(np.linalg.inv(P), c) @ x).flatten(-2)
+    rows = torch.asinh(constant(P_INVERSE, c) @ x).flatten(-2)
     p = rows[..., :3] / c
     return {"p": p, "q": rows[..., 3] - p.sum(-1)}
 
@@ -273,7 +282,7 @@ def reshaped_exact(x, c):
 def tree_theta_g(x, theta, power):
     (shift, nothing), scale = theta["shift"], array(theta["scale"])
     assert nothing is None
-    return np.cbrt((array(x) - array(shift)) @ np.linalg.inv(W).T * scale) if power == 3 else None
+    return np.cbrt((array(x) - array(shift)) @ W_INVERSE.numpy().T * scale) if power == 3 else None
 
 
 def tree_theta_f(y, theta, power):
@@ -281,7 +290,7 @@ def tree_theta_f(y, theta, power):
 
 
 def tree_theta_exact(x, theta, power):
-    inner = (x - theta["shift"][0]) @ constant(np.linalg.inv(W), x).T * theta["scale"]
+    inner = (x - theta["shift"][0]) @ constant(W_INVERSE, x).T * theta["scale"]
     return inner.sign() * inner.abs() ** (1 / power)
 
 
@@ -289,7 +298,7 @@ def tree_theta_exact(x, theta, power):
 
 
 def holomorphic_g(x, c):
-    return np.arcsinh(array(x) @ np.linalg.inv(V).T) / array(c)
+    return np.arcsinh(array(x) @ V_INVERSE.numpy().T) / array(c)
 
 
 def holomorphic_f(y, c):
@@ -297,11 +306,11 @@ def holomorphic_f(y, c):
 
 
 def holomorphic_exact(x, c):
-    return torch.asinh(x @ constant(np.linalg.inv(V), x).T) / c
+    return torch.asinh(x @ constant(V_INVERSE, x).T) / c
 
 
 def crooked_g(x, c):
-    h = array(x) @ np.linalg.inv(V).T
+    h = array(x) @ V_INVERSE.numpy().T
     return np.arcsinh(h.real) / array(c) + 1j * np.arcsinh(h.imag)
 
 
@@ -310,7 +319,7 @@ def crooked_f(y, c):
 
 
 def crooked_exact(x, c):
-    h = x @ constant(np.linalg.inv(V), x).T
+    h = x @ constant(V_INVERSE, x).T
     return torch.complex(torch.asinh(h.real) / c, torch.asinh(h.imag))
 
 

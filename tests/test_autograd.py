@@ -93,7 +93,9 @@ def test_each_output_alone(problem):
 
     want, got = transform(problem.closed_form(), problem.inputs()), transform(problem.custom(), problem.inputs())
     # In closed form an output may not depend on an input at all; here it does, with the derivative zero.
-    want = [[torch.zeros_like(a) if b is None else b for a, b in zip(g, w, strict=True)] for g, w in zip(got, want)]
+    want = [
+        [torch.zeros_like(a) if b is None else b for a, b in zip(g, w, strict=True)] for g, w in zip(got, want, strict=True)
+    ]
     assert_close([list(g) for g in got], want)
 
 

@@ -1,7 +1,16 @@
 """torch.autograd.forward_ad: dual numbers without torch.func, alone and together with backward."""
 
 import torch
-from helpers import assert_close_to_exact, every_batchable_problem, every_problem, live, loss, tangents, total, with_batch
+from helpers import (
+    assert_close_to_exact,
+    every_batchable_problem,
+    every_problem,
+    live,
+    loss,
+    tangents,
+    total,
+    with_batch,
+)
 from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.func import vmap
 

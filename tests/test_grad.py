@@ -1,7 +1,6 @@
 """torch.func.grad, vjp and value_and_grad."""
 
 import pytest
-import torch
 from helpers import (
     all_of,
     assert_close_to_exact,

@@ -33,8 +33,7 @@ def test_nested(problem, outer, inner):
 
     first, second = dims(outer), dims(inner)
     inputs = tuple(
-        t[(slice(None) if a == 0 else 0, slice(None) if b == 0 else 0)]
-        for t, a, b in zip(inputs, first, second, strict=True)
+        t[(slice(None) if a == 0 else 0, slice(None) if b == 0 else 0)] for t, a, b in zip(inputs, first, second, strict=True)
     )
     assert_close_to_exact(lambda h, inputs: torch.vmap(torch.vmap(h, second), first)(*inputs), problem, inputs)
 
