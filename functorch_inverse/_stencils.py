@@ -62,10 +62,11 @@ class Stencil:
 
     def combine(self, values: Tensor, h: Tensor, eps: Tensor) -> "Estimate":
         """The derivative and its error from values (points, ...) of relative precision eps."""
-        rows = values.new_tensor(self.rows)
-        estimates = torch.tensordot(rows, values, 1) / h
-        weight = rows.abs().sum(-1)[(...,) + (None,) * (values.ndim - 1)]
-        rounding = (eps * values.abs().amax(0) * weight / h).to(h.dtype)
+        rows = values.new_tensor(self.rows)[(...,) + (None,) * (values.ndim - 1)]
+        # A point outside the domain spoils only the estimates that use it: 0 * nan is nan.
+        used = torch.where(rows != 0, values, 0)
+        estimates = (rows * used).sum(1) / h
+        rounding = (eps * used.abs().amax(1) * rows.abs().sum(1) / h).to(h.dtype)
         step = h.expand(values.shape[1:])
         if self.growth:
             return Estimate(*_extrapolate(estimates, rounding, self.growth), step)

@@ -4,6 +4,7 @@ A complex number counts as two real ones, as torch's gradient convention has it;
 that is not holomorphic has a derivative like any other.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -45,7 +46,12 @@ class Layout:
         """Leaves of shape (*batch, *event), or broadcasting to it, to a tensor (*batch, size)."""
         rows = zip(leaves, self.shapes, self.sizes, strict=True)
         parts = [_real(leaf.expand((*batch, *shape)), shape).reshape(*batch, size) for leaf, shape, size in rows]
+        if torch.compiler.is_dynamo_compiling():  # torch.cat under vmap makes a dynamic batch static
+            return functools.reduce(torch.add, map(self._padded, parts, range(len(parts))))
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def _padded(self, part: Tensor, i: int) -> Tensor:
+        return torch.nn.functional.pad(part, (sum(self.sizes[:i]), sum(self.sizes[i + 1 :])))
 
     def unpack(self, vector: Tensor) -> tuple[Tensor, ...]:
         """The inverse of `pack`; each leaf in its own dtype."""

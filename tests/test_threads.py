@@ -48,11 +48,12 @@ def test_one_module_in_many_threads():
     module = Parameters(theta)
     solve = fi.custom_inverse(lambda x: vector_g(x, *module.inner), lambda y: vector_f(y, *module.inner), event_dim=1)
 
+    parameters = tuple(module.parameters())
+
     def transform(h, seed):
         x = VECTOR.inputs(seed)[0].requires_grad_()
-        leaves = (x, *module.parameters())
-        first = torch.autograd.grad(total((h(x),)), leaves, create_graph=True)
-        return first, torch.autograd.grad(total(first), leaves)
+        first = torch.autograd.grad(total((h(x),)), (x, *parameters), create_graph=True)
+        return first, torch.autograd.grad(total(first), (x, *parameters))
 
     with ThreadPoolExecutor(THREADS) as pool:
         got = list(pool.map(lambda seed: transform(solve, seed), range(3 * THREADS)))

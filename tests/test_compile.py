@@ -1,0 +1,292 @@
+"""torch.compile(fullgraph=True) with a g that can be traced; each group in a process of its own (torch_facts 1.11)."""
+
+import re
+from dataclasses import replace
+
+import optree
+import pytest
+import torch
+from fresh import run_fresh
+from helpers import all_of, assert_close, live, loss, total
+from problems import ELEMENTWISE, HOLOMORPHIC, MATRIX, RESHAPED, TREE, VECTOR, WHOLE, vector_exact, vector_f
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+
+import functorch_inverse as fi
+
+
+def traceable(problem):
+    """The problem with a g made of torch operations, whose own derivative is wrong by a factor, should anyone ask."""
+
+    def g(x, *theta):
+        return optree.tree_map(lambda y: y + (3 * y - (3 * y).detach()), problem.exact(x, *theta))
+
+    return replace(problem, g=g)
+
+
+EVERY_STACK = [ELEMENTWISE, VECTOR, WHOLE, TREE, RESHAPED]
+FEW_STACKS = [MATRIX, HOLOMORPHIC, replace(VECTOR, way="closure"), replace(VECTOR, way="module")]
+PROBLEMS = {repr(p): traceable(p) for p in (*EVERY_STACK, *FEW_STACKS)}
+
+
+def autograd(h, inputs):
+    inputs = live(inputs)
+    return torch.autograd.grad(total(h(*inputs)), inputs)
+
+
+# What is compiled, and with what it is called.
+STACKS = {
+    "values": lambda h, n: h,
+    "grad": lambda h, n: grad(loss(h), tuple(range(n))),
+    "vmap_grad": lambda h, n: lambda *i: vmap(grad(loss(h), tuple(range(n))))(*(torch.stack([t, t.cos()]) for t in i)),
+    "jvp": lambda h, n: lambda *i: jvp(h, i, tuple(t.cos() for t in i)),
+    "jacrev": lambda h, n: jacrev(h, tuple(range(n))),
+    "jacfwd": lambda h, n: jacfwd(h, tuple(range(n))),
+    "hessian": lambda h, n: hessian(loss(h), tuple(range(n))),
+    "jacrev_jacrev": lambda h, n: jacrev(jacrev(h)),
+}
+
+
+def compiled(function, **options):
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, **{"backend": "aot_eager"} | options)
+
+
+def check_stacks(name, stacks):
+    """Forward + backward, then some stacks; all failures together."""
+    problem = PROBLEMS[name]
+    h, exact, inputs = problem.custom(), problem.closed_form(), problem.inputs()
+    cases = {"backward": (lambda: autograd(compiled(h), inputs), lambda: autograd(exact, inputs))}
+    for stack in stacks:
+        make = STACKS[stack]
+        cases[stack] = (
+            lambda make=make: compiled(make(h, len(inputs)))(*inputs),
+            lambda make=make: make(exact, len(inputs))(*inputs),
+        )
+    report(cases)
+
+
+def report(cases):
+    failed = []
+    for name, (got, want) in cases.items():
+        try:
+            assert_close(got(), want())
+        except Exception as error:
+            failed.append(f"{name}: {type(error).__name__}: {str(error)[:500]}")
+    assert not failed, "\n".join(failed)
+
+
+@pytest.mark.parametrize("name", [repr(p) for p in EVERY_STACK])
+def test_every_stack(name):
+    run_fresh(check_stacks, name, list(STACKS))
+
+
+@pytest.mark.parametrize("name", [repr(p) for p in FEW_STACKS])
+def test_few_stacks(name):
+    run_fresh(check_stacks, name, ["vmap_grad", "jvp", "hessian"])
+
+
+# --- batches ---------------------------------------------------------------------------------------
+
+SIZES = (2, 3, 5, 8, 13)
+
+
+def sines(h):
+    """A loss without `weights`, whose linspace compiles anew for each size in plain torch too."""
+    return lambda *inputs: sum(t.sin().sum() for t in h(*inputs))
+
+
+def per_sample(h, n, count):
+    return lambda *inputs: vmap(grad(sines(h)), (0,) * n + (None,) * (count - n))(*inputs)
+
+
+def check_recompilation(name, stack):
+    problem = PROBLEMS[name]
+    n, count = problem.x_count, len(problem.inputs())
+    transform = {"backward": lambda h: h, "grad": lambda h: grad(sines(h)), "vmap": lambda h: per_sample(h, n, count)}[stack]
+    counter = CompileCounterWithBackend("aot_eager")
+    step, exact = compiled(transform(problem.custom()), backend=counter), transform(problem.closed_form())
+    for size in SIZES:
+        inputs = (*problem.stacked(size)[:n], *problem.inputs()[n:])
+        call = autograd if stack == "backward" else lambda h, inputs: [h(*inputs)]
+        assert_close(call(step, inputs), call(exact, inputs))
+    assert counter.frame_count <= 3, f"{counter.frame_count} frames for {len(SIZES)} batch sizes"
+
+
+@pytest.mark.parametrize(
+    ("name", "stack"),
+    # No tree under vmap: torch.cat specialises there by itself.
+    [("elementwise-args", "backward"), ("vector-args", "grad"), ("tree-args", "backward"), ("vector-args", "vmap")],
+)
+def test_bounded_recompilation(name, stack):
+    run_fresh(check_recompilation, name, stack)
+
+
+# --- options ---------------------------------------------------------------------------------------
+
+X, C, B = VECTOR.inputs()
+
+
+def check_options():
+    def with_aux(x, c, b, *, scale=1.0):
+        y = vector_exact(x, c, b) * scale
+        return y, {"norm": x.norm(), "twice": [2 * y]}
+
+    h = fi.custom_inverse(with_aux, lambda y, c, b: vector_f(y / 2, c, b), event_dim=1, has_aux=True)
+    exact = lambda x, c, b: 2 * vector_exact(x, c, b)  # noqa: E731
+
+    def aux():
+        y, aux = compiled(lambda *i: h(*i, scale=2.0))(*live((X, C, B)))
+        assert not aux["norm"].requires_grad
+        return [y.detach(), aux["norm"], aux["twice"][0]]
+
+    def backward():
+        inputs = live((X, C, B))
+        return torch.autograd.grad(compiled(lambda *i: h(*i, scale=2.0)[0])(*inputs).sin().sum(), inputs)
+
+    nan = fi.custom_inverse(lambda x: x.sqrt(), torch.square, event_dim=1)
+    points = torch.tensor([[1.0], [0.0], [4.0]], dtype=torch.float64)
+
+    def singular():
+        got = compiled(lambda x: vmap(jacrev(nan))(x))(points).flatten()
+        assert got[1].isnan()
+        return [got[[0, 2]]]
+
+    def exact_backward():
+        inputs = live((X, C, B))
+        return torch.autograd.grad(exact(*inputs).sin().sum(), inputs)
+
+    report(
+        {
+            "has_aux and keywords": (aux, lambda: [exact(X, C, B), X.norm(), 2 * exact(X, C, B)]),
+            "backward beside aux": (backward, exact_backward),
+            "nan where singular": (singular, lambda: [torch.tensor([0.5, 0.25], dtype=torch.float64)]),
+            "dynamic": (
+                lambda: compiled(lambda *i: h(*i, scale=2.0)[0], dynamic=True)(X, C, B)[None],
+                lambda: exact(X, C, B)[None],
+            ),
+            "no_grad": (
+                lambda: [torch.no_grad()(compiled(lambda *i: h(*i, scale=2.0)[0]))(*live((X, C, B)))],
+                lambda: [exact(X, C, B)],
+            ),
+        }
+    )
+
+
+def test_options():
+    run_fresh(check_options)
+
+
+def check_plain_module():
+    """Parameters that require grad, a training step, and a network around the black box."""
+
+    class Net(torch.nn.Module):
+        def __init__(self, exact):
+            super().__init__()
+            self.c, self.b = torch.nn.Parameter(C.clone()), torch.nn.Parameter(B.clone())
+            self.head = torch.nn.Parameter(X.clone())
+            g = lambda x: vector_exact(x, self.c, self.b)  # noqa: E731
+            self.solve = g if exact else fi.custom_inverse(g, lambda y: vector_f(y, self.c, self.b), event_dim=1)
+
+        def forward(self, x):
+            return (torch.sin(self.solve(x)) * self.head).sum()
+
+    def train(exact):
+        net = Net(exact)
+        step = net if exact else compiled(net)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        for seed in range(3):
+            optimizer.zero_grad()
+            step(VECTOR.inputs(seed)[0]).backward()
+            optimizer.step()
+        return [p.detach() for p in net.parameters()]
+
+    report({"training": (lambda: train(False), lambda: train(True))})
+
+
+def test_plain_module():
+    run_fresh(check_plain_module)
+
+
+def check_closure_that_requires_grad():
+    c = C.clone().requires_grad_()
+    h = fi.custom_inverse(lambda x: vector_exact(x, c, B), lambda y: vector_f(y, c, B))
+    leaves = lambda: (c, X.clone().requires_grad_())  # noqa: E731
+
+    def got():
+        c, x = leaves()
+        return torch.autograd.grad(compiled(h)(x).sin().sum(), (c, x))
+
+    def want():
+        c, x = leaves()
+        return torch.autograd.grad(vector_exact(x, c, B).sin().sum(), (c, x))
+
+    report({"closure": (got, want)})
+
+
+def test_closure_that_requires_grad():
+    run_fresh(check_closure_that_requires_grad)
+
+
+def check_two_rules():
+    """One in a chain with another, and one inside another's f."""
+    first = fi.custom_inverse(vector_exact, vector_f, event_dim=1)
+    nested = fi.custom_inverse(
+        lambda x, c, b: vector_f(torch.asinh(x), c, b), lambda y, c, b: torch.sinh(first(y, c, b)), event_dim=1
+    )
+    chain = lambda x, c, b: first(first(x, c, b), c, b)  # noqa: E731
+    exact_chain = lambda x, c, b: vector_exact(vector_exact(x, c, b), c, b)  # noqa: E731
+    exact_nested = lambda x, c, b: vector_f(torch.asinh(x), c, b)  # noqa: E731
+    cases = {}
+    for name, h, exact in (("chain", chain, exact_chain), ("nested", nested, exact_nested)):
+        cases[name] = (
+            lambda h=h: compiled(hessian(lambda *i: h(*i).sin().sum(), (0, 1, 2)))(X, C, B),
+            lambda h=exact: hessian(lambda *i: h(*i).sin().sum(), (0, 1, 2))(X, C, B),
+        )
+    report(cases)
+
+
+def test_two_rules():
+    run_fresh(check_two_rules)
+
+
+def check_refusals():
+    """What cannot be done there says so."""
+    cases = {
+        "check": (fi.custom_inverse(vector_exact, vector_f, check=True), {}, "check=True looks at values"),
+        "keyword": (
+            fi.custom_inverse(lambda x, *, c: vector_exact(x, c, B), lambda y: vector_f(y, C, B)),
+            {"c": C.clone().requires_grad_()},
+            "keyword argument carries a derivative",
+        ),
+        "sizes": (fi.custom_inverse(lambda x: torch.cat([x, x]), lambda y: y[:3]), {}, "More outputs than inputs"),
+        "option": (fi.custom_inverse(vector_exact, vector_f, event_dim=-1), {}, "choose None, 0, 1, 2"),
+    }
+    for name, (h, keywords, text) in cases.items():
+        positional = (X, C, B) if name in ("check", "option") else (X,)
+        call = compiled(lambda *i, h=h, k=keywords: h(*i, **k))
+        with pytest.raises(Exception, match=re.escape(text)):
+            call(*live(positional))
+
+
+def test_refusals():
+    run_fresh(check_refusals)
+
+
+# --- inductor --------------------------------------------------------------------------------------
+
+
+def check_inductor():
+    problem = PROBLEMS["vector-args"]
+    h, exact, inputs = problem.custom(), problem.closed_form(), problem.inputs()
+    derivative = lambda h: grad(loss(h), all_of(inputs))  # noqa: E731
+    report(
+        {
+            "backward": (lambda: autograd(compiled(h, backend="inductor"), inputs), lambda: autograd(exact, inputs)),
+            "grad": (lambda: compiled(derivative(h), backend="inductor")(*inputs), lambda: derivative(exact)(*inputs)),
+        }
+    )
+
+
+def test_inductor():
+    run_fresh(check_inductor)
