@@ -280,9 +280,7 @@ def text(report: Report) -> Iterator[str]:
     yield f"devices: {', '.join(report['devices'])}\n" + ("all right" if report["right"] else "NOT ALL RIGHT")
 
 
-def main(
-    argv: Sequence[str] | None = None, examples: Sequence[Example] = EXAMPLES, columns: Sequence[Column] = COLUMNS
-) -> int:
+def main(argv: Sequence[str] | None = None, examples: Sequence[Example] = EXAMPLES, columns: Sequence[Column] = COLUMNS) -> int:
     """Print the report; 0 if everything in it is right, else 1."""
     parser = argparse.ArgumentParser("python -m functorch_inverse", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print the report as one JSON document")

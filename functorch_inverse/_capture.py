@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree
 
 from functorch_inverse import _torch
 from functorch_inverse._reach import Reach, state_of
@@ -154,7 +153,7 @@ _SWAPPING = threading.RLock()
 
 
 def _tensors_in(*trees: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in _pytree.tree_leaves(trees) if isinstance(leaf, Tensor))
+    return (leaf for leaf in _torch.tree_leaves(trees) if isinstance(leaf, Tensor))
 
 
 class _Substitute(TorchFunctionMode):
@@ -179,7 +178,7 @@ class _Substitute(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.table:
-            args, kwargs = _pytree.tree_map(lambda leaf: self.table.get(id(leaf), leaf), (tuple(args), kwargs or {}))
+            args, kwargs = _torch.tree_map(lambda leaf: self.table.get(id(leaf), leaf), (tuple(args), kwargs or {}))
         if self.level <= 0 or func.__name__ == "__get__":
             return func(*args, **(kwargs or {}))
         for tensor in _tensors_in(args, kwargs):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from functorch_inverse._call import Given, Problem, Values, solve
 from functorch_inverse._capture import Captured
+from functorch_inverse._points import unit_vectors, values_at, with_center
 from functorch_inverse._pullback import Tensors
 from functorch_inverse._stencils import Estimate, Method, Order, Stencil, stencil
 from functorch_inverse._tree import Partition, Tree, event_dims, flatten, is_differentiable
@@ -173,11 +174,11 @@ class _Point:
     ) -> list[list[Estimate]]:
         """Differences along each number of leaf i of x, for each kind of step; all points in one batched call."""
         event = x[i].shape[x[i].ndim - self.x_dims[i] :]
-        units = _unit_vectors(x[i], event)
+        units = unit_vectors(x[i], event)
         if self.how.method == "complex" and times == 1:
             size = self.x[i].abs().clamp(max=1)
             steps = [_IMAGINARY_STEP * torch.where(size > 0, size, 1.0)]
-            values, _ = _at(inner, x, i, [steps[0] * units], (1j,), center=False)
+            values, _ = values_at(inner, x, i, [steps[0] * units], (1j,), center=False)
             parts = [_imaginary_part(self.how.caller, t) for t in values[0]]
             estimates = self._estimates(parts, steps[0], event, len(x), times, None, [t[0].real for t in values[0]])
             return [estimates] * len(kinds)
@@ -186,10 +187,10 @@ class _Point:
         # From the point itself, also where x is one beside it: a step that jumps would be differentiated too.
         steps = [self._step(self.x[i], rule, total, kind) for kind in kinds]
         moves = tuple(c for c in rule.points if c)
-        values, at_x = _at(inner, x, i, [h * units for h in steps], moves, center=0.0 in rule.points)
+        values, at_x = values_at(inner, x, i, [h * units for h in steps], moves, center=0.0 in rule.points)
         if at_x is not None:
             place = rule.points.index(0.0)
-            values = [[_insert(t, c, place) for t, c in zip(v, at_x, strict=True)] for v in values]
+            values = [[with_center(t, c, place) for t, c in zip(v, at_x, strict=True)] for v in values]
         return [self._estimates(v, h, event, len(x), times, rule) for v, h in zip(values, steps, strict=True)]
 
     def _estimates(
@@ -265,39 +266,6 @@ def _is_far(x: Tensor, times: int) -> Tensor:
 def _hollow(part: Partition) -> Partition:
     """The same structure without what stands in the places that are not chosen."""
     return replace(part, mould=(None,) * len(part.mould))
-
-
-def _unit_vectors(x: Tensor, event: Sequence[int]) -> Tensor:
-    """(n, 1, ..., *event), one for each number of a sample."""
-    n = prod(event)
-    eye = torch.eye(n, dtype=x.dtype, device=x.device)
-    return eye.reshape(n, *(1,) * (x.ndim - len(event)), *event)
-
-
-def _at(
-    inner: Any, x: Tensors, i: int, offsets: list[Tensor], moves: tuple[Any, ...], *, center: bool
-) -> tuple[list[list[Tensor]], list[Tensor] | None]:
-    """The values at x + c * offset, for each set of offsets (moves, n, *value), and those at x; one vmap for all."""
-    kind = torch.complex128 if moves == (1j,) else x[i].dtype
-    c = torch.tensor(moves, device=x[i].device, dtype=kind)
-    points = [x[i] + c.reshape(-1, *(1,) * offset.ndim) * offset for offset in offsets]
-    rows = [p.flatten(0, 1) for p in points] + [x[i].unsqueeze(0)] * center
-
-    def value(point: Tensor) -> tuple[Tensor, ...]:
-        return tuple(inner((*x[:i], point, *x[i + 1 :])))
-
-    found = [t.to(_WIDE.get(t.dtype, t.dtype)) for t in torch.vmap(value)(torch.cat(rows))]
-    parts = [t.split([len(row) for row in rows]) for t in found]
-    sets = [[part[k].unflatten(0, p.shape[:2]) for part in parts] for k, p in enumerate(points)]
-    return sets, [part[-1][0] for part in parts] if center else None
-
-
-_WIDE = dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), torch.float64) | {torch.complex64: torch.complex128}
-
-
-def _insert(values: Tensor, center: Tensor, at: int) -> Tensor:
-    row = center.to(values.dtype).expand(values.shape[1:]).unsqueeze(0)
-    return torch.cat([values[:at], row, values[at:]])
 
 
 def check_real_values(caller: str, leaves: Sequence[Tensor]) -> None:

@@ -33,6 +33,9 @@ try:
     # Parameters of a module made explicit, also where the module's own forward is running.
     from torch.nn.utils.stateless import _reparametrize_module
 
+    # The containers in which torch functions take and return tensors.
+    from torch.utils._pytree import tree_leaves, tree_map
+
     # Read here so that their absence shows at import.
     _ = (eager_transforms.JVP_NESTING, forward_ad._current_level, forward_ad._set_fwd_grad_enabled)
 except (ImportError, AttributeError) as error:
@@ -60,6 +63,8 @@ __all__ = [
     "reparametrize",
     "traced_derivatives_possible",
     "transforms_active",
+    "tree_leaves",
+    "tree_map",
 ]
 
 reparametrize = _reparametrize_module
