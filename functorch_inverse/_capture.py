@@ -13,7 +13,7 @@ can reach becomes an input of its own, and f reads what the input holds:
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -67,7 +67,8 @@ class Captured:
     def of(cls, functions: Sequence[Any], wanted: Callable[[Tensor], bool] = _torch.is_open) -> "Captured":
         """The wanted tensors that some functions reach."""
         reach = Reach.of(*functions)
-        states = [(m, state_of(m)) for m in reach.modules]
+        with _unswapped(reach.modules):
+            states = [(m, state_of(m)) for m in reach.modules]
 
         def explicit(tensor: Tensor) -> bool:
             meant = standing_for(tensor)
@@ -87,7 +88,8 @@ class Captured:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """The present values, in the order in which `running` takes them."""
-        states = [(state_of(m), names) for m, names in self.modules]
+        with _unswapped(self.modules):
+            states = [(state_of(m), names) for m, names in self.modules]
         return (*(state[name] for state, names in states for name in names), *map(standing_for, self.loose))
 
     @property
@@ -148,8 +150,14 @@ def _refuse_exchanged(what: str) -> None:
     )
 
 
-# A module's parameters are swapped in place; two threads must not do so at once.
+# A module's parameters are swapped in place: two threads must not do so at once, and none may take what another
+# thread put there for the parameters themselves.
 _SWAPPING = threading.RLock()
+
+
+def _unswapped(modules: Sequence[Any]) -> AbstractContextManager[Any]:
+    """While modules are looked into, no other thread swaps their parameters."""
+    return _SWAPPING if modules and not torch.compiler.is_dynamo_compiling() else nullcontext()
 
 
 def _tensors_in(*trees: Any) -> Iterator[Tensor]:

@@ -1,5 +1,6 @@
 """Reverse mode from several threads at once; torch's forward mode is not thread-safe (torch_facts 1.14)."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -42,7 +43,17 @@ def test_backward_in_another_thread_than_forward(problem):
     assert_close(got, torch.autograd.grad(loss(problem.closed_form())(*inputs), inputs))
 
 
-def test_one_module_in_many_threads():
+@pytest.fixture
+def hasty_threads():
+    """Threads take turns so often that what one does half is seen by the others."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.parametrize("_", range(5))
+def test_one_module_in_many_threads(_, hasty_threads):
     """The rule swaps the module's parameters while f runs, which other threads must not notice."""
     _, *theta = VECTOR.inputs()
     module = Parameters(theta)
