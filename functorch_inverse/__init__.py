@@ -4,6 +4,8 @@ What do you know about your black box?
     its inverse                  custom_inverse(g, f)
     its Jacobian                 custom_jacobian(fn, jacobian)
     only its values              finite_difference(fn)
+You have f, and no g at all?
+                                 invert(f), InverseModule(module); by Newton, Chandrupatla, FixedPoint
 How do I call NumPy and the like on tensors?
                                  black_box(fn)
 Which Jacobian, and how is it solved with?
@@ -18,14 +20,21 @@ from functorch_inverse.black_box import black_box as black_box
 from functorch_inverse.custom import custom_inverse as custom_inverse
 from functorch_inverse.custom import custom_jacobian as custom_jacobian
 from functorch_inverse.errors import BlackBoxError as BlackBoxError
+from functorch_inverse.errors import BracketError as BracketError
 from functorch_inverse.errors import DerivativeError as DerivativeError
 from functorch_inverse.errors import FunctorchInverseError as FunctorchInverseError
 from functorch_inverse.errors import NoDerivativeError as NoDerivativeError
+from functorch_inverse.errors import NotConvergedError as NotConvergedError
 from functorch_inverse.errors import ResidualError as ResidualError
 from functorch_inverse.errors import SingularJacobianError as SingularJacobianError
 from functorch_inverse.errors import StructureError as StructureError
 from functorch_inverse.finite_difference import finite_difference as finite_difference
 from functorch_inverse.finite_difference import numerical_jacobian as numerical_jacobian
+from functorch_inverse.inverse_module import InverseModule as InverseModule
+from functorch_inverse.invert import invert as invert
+from functorch_inverse.inverters import Chandrupatla as Chandrupatla
+from functorch_inverse.inverters import FixedPoint as FixedPoint
+from functorch_inverse.inverters import Newton as Newton
 from functorch_inverse.jacobians import batch_jacobian as batch_jacobian
 from functorch_inverse.layers import ImplicitInverseLayer as ImplicitInverseLayer
 from functorch_inverse.layers import ImplicitInverseLayerAuto as ImplicitInverseLayerAuto

@@ -1,6 +1,6 @@
 """The evidence is an inverse: f(g(x, *args), *args) = x."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +12,12 @@ from functorch_inverse._call import Given, Problem, Values, merge
 from functorch_inverse._capture import Captured
 from functorch_inverse._check import check_residual
 from functorch_inverse._rules import ImplicitRule
-from functorch_inverse._tree import Partition, event_dims, is_differentiable, is_number
+from functorch_inverse._tree import Partition, Tree, event_dims, is_differentiable, is_number
 from functorch_inverse._vectors import Layout, batch_shape, lead
 from functorch_inverse.errors import StructureError
 from functorch_inverse.linear_solvers import LinearSolver
 
-__all__ = ["InverseProblem"]
+__all__ = ["Evidence", "InverseProblem", "target_of"]
 
 Tensors = Sequence[Tensor]
 
@@ -26,6 +26,7 @@ Tensors = Sequence[Tensor]
 class InverseProblem(Problem):
     """g with its inverse f as evidence."""
 
+    evidence: Callable[..., Any]
     linear_solver: LinearSolver
 
     def probe(self, given: Given, values: Values) -> Any:
@@ -41,7 +42,7 @@ class InverseProblem(Problem):
         _check_sizes(self.caller, Layout.of(x, x_dims), Layout.of(y, y_dims))
         x = tuple(lead(self.caller, t, d, batch) for t, d in zip(x, x_dims, strict=True))
         theta = (*given.arg_tensors, *values.constants, *captured.tensors)
-        evidence = _Evidence(self, values.y, values.differentiable, given.args, captured, target)
+        evidence = Evidence(self.caller, self.evidence, values.y, values.differentiable, given.args, captured, target)
         if self.check:
             got = evidence([t.detach() for t in y], [t.detach() for t in theta])
             check_residual(self.caller, self.check, got, x, y, (x_dims, y_dims))
@@ -49,10 +50,11 @@ class InverseProblem(Problem):
 
 
 @dataclass(frozen=True, eq=False)
-class _Evidence:
+class Evidence:
     """f on leaves: (y leaves, theta leaves) -> x leaves, where theta = (args, constants of y, captured)."""
 
-    problem: InverseProblem
+    caller: str
+    function: Callable[..., Any]
     y: Partition
     differentiable: tuple[bool, ...]
     args: Partition
@@ -64,9 +66,9 @@ class _Evidence:
         m = len(theta) - self.captured.count
         everything = self.y.join(merge(self.differentiable, y, theta[n:m]))
         with self.captured.running(theta[m:], (*y, *theta)):
-            result = self.problem.evidence(everything, *self.args.join(theta[:n]))
-        leaves = self.target.pick(result, self.problem.caller, "f(y, *args)")
-        _check_tensors(self.problem.caller, leaves)
+            result = self.function(everything, *self.args.join(theta[:n]))
+        leaves = self.target.pick(result, self.caller, "f(y, *args)")
+        _check_tensors(self.caller, leaves)
         return leaves
 
 
@@ -80,8 +82,11 @@ def _check_tensors(caller: str, leaves: Sequence[Any]) -> None:
 
 
 def _target(given: Given) -> tuple[Partition, tuple[Tensor, ...]]:
+    return target_of(given.x.join(given.x_tensors))
+
+
+def target_of(tree: Tree) -> tuple[Partition, tuple[Tensor, ...]]:
     """The leaves of x that f must give back: the floating ones, or all numbers where none is."""
-    tree = given.x.join(given.x_tensors)
     target, x = Partition.of(tree, is_differentiable)
     if x:
         return target, x

@@ -23,6 +23,9 @@ try:
         _TorchDispatchModeKey,
     )
 
+    # Saved-tensor hooks belong to the user's graph, not to one that is made and used up inside a forward.
+    from torch._C._autograd import _saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
+
     # The level of torch.func.jvp: nested forward mode is wrong without the mend below.
     from torch._functorch import eager_transforms
     from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
@@ -59,6 +62,7 @@ __all__ = [
     "is_open",
     "is_wrapped",
     "level",
+    "own_saved_tensors",
     "primal",
     "reparametrize",
     "traced_derivatives_possible",
@@ -194,6 +198,17 @@ def forward_levels() -> int:
     """How many torch.func.jvp levels are open while Dynamo traces."""
     stack = _functorch.get_interpreter_stack() or ()
     return sum(entry.key() == _functorch.TransformType.Jvp for entry in stack)
+
+
+def own_saved_tensors() -> AbstractContextManager[Any]:
+    """A graph made inside saves plain tensors, whatever hooks (of checkpoint, say) are set."""
+    if torch.compiler.is_dynamo_compiling() or not _saved_tensors_hooks_is_enabled():
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(_same, _same)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def primal(tensor: Tensor | None) -> Tensor | None:

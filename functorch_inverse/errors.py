@@ -4,9 +4,11 @@ import torch
 
 __all__ = [
     "BlackBoxError",
+    "BracketError",
     "DerivativeError",
     "FunctorchInverseError",
     "NoDerivativeError",
+    "NotConvergedError",
     "ResidualError",
     "SingularJacobianError",
     "StructureError",
@@ -27,6 +29,14 @@ class SingularJacobianError(FunctorchInverseError, torch.linalg.LinAlgError):  #
 
 class NoDerivativeError(FunctorchInverseError, RuntimeError):
     """A derivative was asked for that nothing is known about, or that would be lost."""
+
+
+class NotConvergedError(FunctorchInverseError, RuntimeError):
+    """An iteration did not reach its tolerance in some samples; the text names them."""
+
+
+class BracketError(NotConvergedError):
+    """No two points were found between which f(y) - x changes its sign."""
 
 
 class BlackBoxError(FunctorchInverseError, RuntimeError):

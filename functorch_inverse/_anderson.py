@@ -1,0 +1,91 @@
+r"""The fixed point of y + x - f(y), with Anderson's acceleration.
+
+With r = f(y) - x the plain step is y <- y - r. From the last changes dY, dR of y and r the accelerated one takes
+out what their span can explain of r:
+
+    gamma = argmin |r - dR gamma|,      y <- y - r - (dY - dR) gamma
+
+Source: Walker and Ni, Anderson Acceleration for Fixed-Point Iterations (2011), section 2; Behrmann et al.,
+Invertible Residual Networks (2019), algorithm 1 (the plain step).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from functorch_inverse._equation import Equation, Point, largest
+from functorch_inverse._iterate import DONE, RUNNING, UNDEFINED
+
+__all__ = ["AndersonState", "start", "step"]
+
+
+class AndersonState(NamedTuple):
+    """Where a sample is, what it tries next, and its last changes as rows of shape (*batch, memory, n)."""
+
+    y: Tensor
+    residual: Tensor
+    trial: Tensor
+    plain: Tensor
+    dy: Tensor
+    dr: Tensor
+    status: Tensor
+
+
+def start(equation: Equation, y: Tensor, point: Point, memory: int, rtol: float, atol: float) -> AndersonState:
+    """Begin with a plain step."""
+    residual = point.residual
+    nothing = y.new_zeros((*y.shape[:-1], memory, y.shape[-1]))
+    plain = torch.ones_like(y[..., :1].sum(-1), dtype=torch.bool)
+    state = AndersonState(y, residual, y - residual, plain, nothing, nothing, _status(equation, y, residual, rtol, atol))
+    return _finished(state)
+
+
+def step(equation: Equation, state: AndersonState, rtol: float, atol: float) -> AndersonState:
+    """Try a point; an accelerated one that is no better is taken back, a plain step is believed."""
+    residual = equation.at(state.trial, graph=False).residual
+    before, after = (torch.linalg.vector_norm(r, dim=-1) for r in (state.residual, residual))
+    better = after < before
+    go = _moved(state, residual, better)._replace(status=_status(equation, state.trial, residual, rtol, atol))
+    stay = state._replace(trial=state.y - state.residual, plain=torch.ones_like(state.plain), dy=0 * state.dy, dr=0 * state.dr)
+    taken = better | state.plain
+    pairs = zip(_finished(go), stay, strict=True)
+    return AndersonState(*(torch.where(taken.reshape(taken.shape + (1,) * (a.ndim - taken.ndim)), a, b) for a, b in pairs))
+
+
+def _finished(state: AndersonState) -> AndersonState:
+    """What has converged takes the plain step that it knows already."""
+    return state._replace(y=torch.where((state.status == DONE).unsqueeze(-1), state.y - state.residual, state.y))
+
+
+def _moved(state: AndersonState, residual: Tensor, better: Tensor) -> AndersonState:
+    """At the point that was tried, with what comes next; a plain step that made it worse leaves no memory."""
+    kept = better[..., None, None]
+    # Rows of unit length, so that old and large changes do not outweigh the new ones.
+    change, moved = residual - state.residual, state.trial - state.y
+    size = torch.linalg.vector_norm(change, dim=-1, keepdim=True).clamp_min(torch.finfo(change.dtype).tiny)
+    rows = [_pushed(old, new / size) for old, new in ((state.dy, moved), (state.dr, change))]
+    dy, dr = (torch.where(kept, row, 0) for row in rows)
+    trial = state.trial - residual - _explained(dy, dr, residual)
+    return state._replace(y=state.trial, residual=residual, trial=trial, plain=~better, dy=dy, dr=dr)
+
+
+def _pushed(rows: Tensor, row: Tensor) -> Tensor:
+    return torch.cat([row.unsqueeze(-2), rows], -2)[..., : rows.shape[-2], :]
+
+
+def _explained(dy: Tensor, dr: Tensor, residual: Tensor) -> Tensor:
+    """(dY - dR) gamma."""
+    memory = dr.shape[-2]
+    if not memory or not residual.shape[-1]:
+        return torch.zeros_like(residual)
+    ridge = 100 * torch.finfo(dr.dtype).eps * torch.eye(memory, dtype=dr.dtype, device=dr.device)
+    inverse, _ = torch.linalg.inv_ex(dr @ dr.mT + ridge)
+    gamma = inverse @ (dr @ residual.unsqueeze(-1))
+    return ((dy - dr).mT @ gamma).squeeze(-1).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _status(equation: Equation, y: Tensor, residual: Tensor, rtol: float, atol: float) -> Tensor:
+    error = largest(residual)
+    done = error <= atol + rtol * (largest(equation.x) + largest(y))
+    return torch.where(done, DONE, torch.where(error.isfinite(), RUNNING, UNDEFINED))
