@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from functorch_inverse._equation import Equation, Point, largest
-from functorch_inverse._iterate import DONE, RUNNING, UNDEFINED
+from functorch_inverse._equation import largest
+from functorch_inverse._status import DONE, RUNNING, UNDEFINED, Options, chosen
 
-__all__ = ["AndersonState", "start", "step"]
+__all__ = ["AndersonState", "advanced", "started"]
 
 
 class AndersonState(NamedTuple):
@@ -26,46 +26,43 @@ class AndersonState(NamedTuple):
     y: Tensor
     residual: Tensor
     trial: Tensor
+    status: Tensor
+    # Whether the trial is a plain step.
     plain: Tensor
     dy: Tensor
     dr: Tensor
-    status: Tensor
 
 
-def start(equation: Equation, y: Tensor, point: Point, memory: int, rtol: float, atol: float) -> AndersonState:
+def started(x: Tensor, y: Tensor, residual: Tensor, memory: int, options: Options) -> AndersonState:
     """Begin with a plain step."""
-    residual = point.residual
     nothing = y.new_zeros((*y.shape[:-1], memory, y.shape[-1]))
-    plain = torch.ones_like(y[..., :1].sum(-1), dtype=torch.bool)
-    state = AndersonState(y, residual, y - residual, plain, nothing, nothing, _status(equation, y, residual, rtol, atol))
-    return _finished(state)
+    status = _status(x, y, residual, options)
+    plain = torch.ones_like(status, dtype=torch.bool)
+    return _finished(AndersonState(y, residual, y - residual, status, plain, nothing, nothing))
 
 
-def step(equation: Equation, state: AndersonState, rtol: float, atol: float) -> AndersonState:
-    """Try a point; an accelerated one that is no better is taken back, a plain step is believed."""
-    residual = equation.at(state.trial, graph=False).residual
+def advanced(state: AndersonState, x: Tensor, residual: Tensor, jacobian: object, options: Options) -> AndersonState:
+    """Go to the point that was tried; an accelerated one that is no better is taken back, a plain step is believed."""
     before, after = (torch.linalg.vector_norm(r, dim=-1) for r in (state.residual, residual))
     better = after < before
-    go = _moved(state, residual, better)._replace(status=_status(equation, state.trial, residual, rtol, atol))
+    go = _moved(state, residual, better)._replace(status=_status(x, state.trial, residual, options))
     stay = state._replace(trial=state.y - state.residual, plain=torch.ones_like(state.plain), dy=0 * state.dy, dr=0 * state.dr)
-    taken = better | state.plain
     pairs = zip(_finished(go), stay, strict=True)
-    return AndersonState(*(torch.where(taken.reshape(taken.shape + (1,) * (a.ndim - taken.ndim)), a, b) for a, b in pairs))
+    return AndersonState(*(chosen(better | state.plain, a, b) for a, b in pairs))
 
 
 def _finished(state: AndersonState) -> AndersonState:
     """What has converged takes the plain step that it knows already."""
-    return state._replace(y=torch.where((state.status == DONE).unsqueeze(-1), state.y - state.residual, state.y))
+    return state._replace(y=chosen(state.status == DONE, state.y - state.residual, state.y))
 
 
 def _moved(state: AndersonState, residual: Tensor, better: Tensor) -> AndersonState:
     """At the point that was tried, with what comes next; a plain step that made it worse leaves no memory."""
-    kept = better[..., None, None]
     # Rows of unit length, so that old and large changes do not outweigh the new ones.
     change, moved = residual - state.residual, state.trial - state.y
     size = torch.linalg.vector_norm(change, dim=-1, keepdim=True).clamp_min(torch.finfo(change.dtype).tiny)
     rows = [_pushed(old, new / size) for old, new in ((state.dy, moved), (state.dr, change))]
-    dy, dr = (torch.where(kept, row, 0) for row in rows)
+    dy, dr = (chosen(better, row, torch.zeros_like(row)) for row in rows)
     trial = state.trial - residual - _explained(dy, dr, residual)
     return state._replace(y=state.trial, residual=residual, trial=trial, plain=~better, dy=dy, dr=dr)
 
@@ -85,7 +82,7 @@ def _explained(dy: Tensor, dr: Tensor, residual: Tensor) -> Tensor:
     return ((dy - dr).mT @ gamma).squeeze(-1).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def _status(equation: Equation, y: Tensor, residual: Tensor, rtol: float, atol: float) -> Tensor:
+def _status(x: Tensor, y: Tensor, residual: Tensor, options: Options) -> Tensor:
     error = largest(residual)
-    done = error <= atol + rtol * (largest(equation.x) + largest(y))
+    done = error <= options.atol + options.rtol * (largest(x) + largest(y))
     return torch.where(done, DONE, torch.where(error.isfinite(), RUNNING, UNDEFINED))

@@ -14,10 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from functorch_inverse._equation import Equation, Point
-from functorch_inverse._iterate import DONE, NO_BRACKET, NOT_MONOTONE, RUNNING, UNDEFINED
+from functorch_inverse._status import DONE, NO_BRACKET, NOT_MONOTONE, RUNNING, UNDEFINED, Options, chosen
 
-__all__ = ["SLACK", "BracketState", "inside", "start", "step"]
+__all__ = ["SLACK", "BracketState", "advanced", "inside", "started"]
 
 SLACK = 3
 
@@ -27,6 +26,7 @@ class BracketState(NamedTuple):
 
     y: Tensor
     residual: Tensor
+    trial: Tensor
     status: Tensor
     a: Tensor
     fa: Tensor
@@ -65,34 +65,30 @@ def inside(y: Tensor, lower: float | None, upper: float | None) -> Tensor:
     return torch.where(below | above, other, y)
 
 
-def start(equation: Equation, y: Tensor, point: Point, lower: float | None, upper: float | None) -> BracketState:
+def started(y: Tensor, residual: Tensor, lower: float | None, upper: float | None) -> BracketState:
     """Nothing but one point."""
-    a, fa = y.squeeze(-1), point.residual.squeeze(-1)
+    a, fa = y.squeeze(-1), residual.squeeze(-1)
     limit = torch.finfo(y.dtype).max
     zero, no = torch.zeros_like(a), torch.zeros_like(a, dtype=torch.bool)
     status = torch.where(fa == 0, DONE, torch.where(fa.isnan() | ~a.isfinite(), UNDEFINED, RUNNING))
-    return BracketState(
-        y=y, residual=point.residual, status=status, a=a, fa=fa, b=a, fb=fa, c=a, fc=fa, t=zero + 0.5,
+    state = BracketState(
+        y=y, residual=residual, trial=y, status=status, a=a, fa=fa, b=a, fb=fa, c=a, fc=fa, t=zero + 0.5,
         lower=zero + (-limit if lower is None else lower), upper=zero + (limit if upper is None else upper),
         up=~no, size=(a.abs() / 2).clamp_min(2.0**-7), tries=zero + 1, rising=zero, bracketed=no, budget=zero, tiny=zero,
     )  # fmt: skip
+    return state._replace(trial=_outside(state).unsqueeze(-1))
 
 
-def step(equation: Equation, state: BracketState, rtol: float, atol: float | None) -> BracketState:
-    """One evaluation of f, outside or inside the bracket."""
-    s = state
-    p = torch.where(s.bracketed, s.a + s.t * (s.b - s.a), _outside(s))
-    fp = equation.at(p.unsqueeze(-1), graph=False).residual.squeeze(-1)
+def advanced(state: BracketState, x: Tensor, residual: Tensor, jacobian: object, options: Options) -> BracketState:
+    """What one point outside or inside the bracket tells."""
+    s, p, fp = state, state.trial.squeeze(-1), residual.squeeze(-1)
     # What is flat within rounding is neither rising nor falling.
-    noise = equation.eps**0.5 * (equation.x.squeeze(-1).abs() + s.fa.abs() + s.fb.abs())
-    grown = _expanded(s, p, fp, noise, equation.eps, atol)
-    shrunk = _shrunk(s, p, fp, noise)
-    s = BracketState(*(torch.where(_like(s.bracketed, i), i, o) for i, o in zip(shrunk, grown, strict=True)))
-    return _next(s, rtol)
-
-
-def _like(mask: Tensor, tensor: Tensor) -> Tensor:
-    return mask if mask.ndim == tensor.ndim else mask.unsqueeze(-1)
+    noise = options.eps**0.5 * (x.squeeze(-1).abs() + s.fa.abs() + s.fb.abs())
+    grown, shrunk = _expanded(s, p, fp, noise, options), _shrunk(s, p, fp, noise)
+    s = BracketState(*(chosen(s.bracketed, i, o) for i, o in zip(shrunk, grown, strict=True)))
+    s = _interpolating(s, options.rtol)
+    trial = torch.where(s.bracketed, s.a + s.t * (s.b - s.a), _outside(s))
+    return s._replace(trial=trial.unsqueeze(-1))
 
 
 # --- outside: expansion ----------------------------------------------------------------------------
@@ -109,7 +105,7 @@ def _outside(s: BracketState) -> Tensor:
     return torch.where(s.up, above, below)
 
 
-def _expanded(s: BracketState, p: Tensor, fp: Tensor, noise: Tensor, eps: float, atol: float | None) -> BracketState:
+def _expanded(s: BracketState, p: Tensor, fp: Tensor, noise: Tensor, options: Options) -> BracketState:
     """A new lowest or highest point, or a bracket between it and the one before."""
     unknown = fp.isnan()
     e, fe = torch.where(s.up, s.b, s.a), torch.where(s.up, s.fb, s.fa)
@@ -130,7 +126,7 @@ def _expanded(s: BracketState, p: Tensor, fp: Tensor, noise: Tensor, eps: float,
         up=up, tries=torch.where(unknown, 1, s.tries + 1), rising=torch.where(s.rising == 0, way, s.rising),
         lower=torch.where(unknown & ~s.up, p, s.lower), upper=torch.where(unknown & s.up, p, s.upper),
         bracketed=crossed, budget=width * 2.0 ** (SLACK - 1), status=status,
-        tiny=width * eps**1.5 if atol is None else torch.zeros_like(width) + atol,
+        tiny=width * options.eps**1.5 if options.atol < 0 else torch.zeros_like(width) + options.atol,
     )  # fmt: skip
 
 
@@ -148,7 +144,7 @@ def _shrunk(s: BracketState, p: Tensor, fp: Tensor, noise: Tensor) -> BracketSta
     )  # fmt: skip
 
 
-def _next(s: BracketState, rtol: float) -> BracketState:
+def _interpolating(s: BracketState, rtol: float) -> BracketState:
     """The better end of the bracket, whether it will do, and where to look next."""
     first = s.fa.abs() < s.fb.abs()
     y, error = torch.where(first, s.a, s.b), torch.where(first, s.fa, s.fb)

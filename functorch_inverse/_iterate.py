@@ -12,43 +12,24 @@ from torch.autograd import Function
 from torch.overrides import handle_torch_function
 
 from functorch_inverse import _torch
-from functorch_inverse._equation import Equation, Point, largest
+from functorch_inverse._equation import Equation, Point
 from functorch_inverse._pullback import Function as LeafFunction
 from functorch_inverse._pullback import Tensors
 from functorch_inverse._rules import vmapped, widen
+from functorch_inverse._status import DONE, NO_BRACKET, RUNNING, Options, State, chosen, describe_failure
+from functorch_inverse._steps import advance
 from functorch_inverse._values import progress_bar
 from functorch_inverse.errors import BracketError, NotConvergedError
 
-__all__ = ["DONE", "NOT_MONOTONE", "NO_BRACKET", "RUNNING", "STUCK", "UNDEFINED", "Inversion", "Inverter", "OnFailure"]
+__all__ = ["Inversion", "Inverter", "OnFailure"]
 
 OnFailure: TypeAlias = Literal["raise", "nan", "warn"]
 
-# What has become of a sample.
-RUNNING, DONE, NO_BRACKET, NOT_MONOTONE, UNDEFINED, STUCK = range(6)
-
-
-class State(Protocol):
-    """A named tuple of tensors with leading batch dims."""
-
-    @property
-    def y(self) -> Tensor:
-        """The best values so far, (*batch, n)."""
-        ...
-
-    @property
-    def residual(self) -> Tensor:
-        """f(y) - x there."""
-        ...
-
-    @property
-    def status(self) -> Tensor:
-        """One of the integers above for each sample."""
-        ...
-
 
 class Inverter(Protocol):
-    """What `inverter=` takes: one evaluation of f at the start and one in every step."""
+    """What `inverter=` takes: how a sample starts, and the name and options of its steps (`_steps`)."""
 
+    method: ClassVar[str]
     # Whether a step asks for the Jacobian of f.
     needs_jacobian: ClassVar[bool]
     # How many steps are unrolled where values cannot be looked at.
@@ -61,12 +42,12 @@ class Inverter(Protocol):
     @property
     def progress(self) -> bool: ...
 
-    def start(self, equation: Equation, y: Tensor, point: Point) -> Any:
-        """The first state, from f at y."""
+    def options(self, eps: float) -> Options:
+        """The tolerances in some precision."""
         ...
 
-    def step(self, equation: Equation, state: Any) -> Any:
-        """The next state of all samples; what has been done with is thrown away."""
+    def start(self, equation: Equation, y: Tensor, point: Point) -> Any:
+        """The first state, from f at y."""
         ...
 
     def advice(self, status: int) -> str:
@@ -96,11 +77,7 @@ class Inversion:
         return _announced(self, len(y), len(x), (*y, *x, *theta))
 
     def _solve(self, y: Tensors, x: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            if not torch.compiler.is_dynamo_compiling() and torch.is_inference_mode_enabled():
-                stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(_torch.full_precision(y[0]))
+        with _torch.outside_inference_mode(), torch.no_grad(), _torch.full_precision(y[0]):
             y, x, theta = (widen(_usable(group)) for group in (y, x, theta))
             dims = (self.y_dims, self.x_dims)
             equation, start = Equation.of(self.caller, self.f, y, x, theta, dims, self.levels)
@@ -114,7 +91,7 @@ class Inversion:
         state = _defined(self.inverter.start(equation, y, point), equation)
         if not _torch.can_inspect(state.status):
             for _ in range(min(self.inverter.max_steps, self.inverter.traced_steps)):
-                state = _frozen(state, self.inverter.step(equation, state))
+                state = self._step(equation, state)
             return _or_nan(state)
         state = self._loop(equation, state)
         return self._judged(state) if (state.status != DONE).any() else state.y
@@ -128,16 +105,22 @@ class Inversion:
                 before = int((state.status == RUNNING).sum())
                 if not before:
                     break
-                state = _frozen(state, self.inverter.step(equation, state))
+                state = self._step(equation, state)
                 if bar is not None:
                     bar.update(before - int((state.status == RUNNING).sum()))
         return state
+
+    def _step(self, equation: Equation, state: Any) -> Any:
+        point = equation.at(state.trial, self.inverter.needs_jacobian)
+        jacobian = point.jacobian if self.inverter.needs_jacobian else None
+        options = self.inverter.options(equation.eps)
+        return advance(self.inverter.method, state, equation.x, point.residual, jacobian, options)
 
     def _judged(self, state: State) -> Tensor:
         """The values where some samples have failed."""
         if self.inverter.on_failure == "nan":
             return _or_nan(state)
-        text = failure(self.caller, self.inverter, state)
+        text = describe_failure(self.caller, self.inverter, state)
         if self.inverter.on_failure == "raise":
             raise (BracketError if (state.status == NO_BRACKET).any() else NotConvergedError)(text)
         warnings.warn(text, RuntimeWarning, stacklevel=2)
@@ -154,19 +137,12 @@ def _usable(tensors: Tensors) -> list[Tensor]:
 def _defined(state: Any, equation: Equation) -> Any:
     """Samples of x that are not finite give nan, and are done."""
     defined = equation.x.isfinite().all(-1)
-    y = torch.where(defined.unsqueeze(-1), state.y, torch.nan)
+    y = chosen(defined, state.y, torch.full_like(state.y, torch.nan))
     return state._replace(y=y, status=torch.where(defined, state.status, DONE))
 
 
-def _frozen(old: Any, new: Any) -> Any:
-    """The new state of the samples that are still running, the old one of the others."""
-    running = old.status == RUNNING
-    pairs = zip(old, new, strict=True)
-    return type(old)(*(torch.where(running.reshape(running.shape + (1,) * (a.ndim - running.ndim)), b, a) for a, b in pairs))
-
-
 def _or_nan(state: State) -> Tensor:
-    return torch.where((state.status == DONE).unsqueeze(-1), state.y, torch.nan)
+    return chosen(state.status == DONE, state.y, torch.full_like(state.y, torch.nan))
 
 
 # --- under transforms ------------------------------------------------------------------------------
@@ -202,32 +178,3 @@ class _Solve(Function):
         ]
         batched = inversion.batched([d is not None for d in dims[n_y + n_x :]], info.randomness)
         return _Solve.apply(batched, n_y, n_x, *led), (0,) * n_y
-
-
-# --- what is said of a failure ---------------------------------------------------------------------
-
-_REASONS = {
-    RUNNING: "the steps were used up",
-    NO_BRACKET: "f(y) - x has one sign everywhere that was looked",
-    NOT_MONOTONE: "f is not monotone",
-    UNDEFINED: "f(y) is nan or infinite at the start (init; x without one) or on the way",
-    STUCK: "no step makes f(y) - x smaller",
-}
-
-
-def failure(caller: str, inverter: Inverter, state: State) -> str:
-    """Which samples have failed and why, how far the worst is, and what to try."""
-    status, error = state.status.flatten(), largest(state.residual).flatten().nan_to_num(nan=torch.inf)
-    failed = (status != DONE).nonzero().flatten()
-    worst = int(failed[error[failed].argmax()])
-    parts = []
-    for kind, reason in _REASONS.items():
-        samples = (status == kind).nonzero().flatten().tolist()
-        if samples:
-            more = ", ..." if len(samples) > 10 else ""
-            parts.append(f"{reason} in samples [{', '.join(map(str, samples[:10]))}{more}]. {inverter.advice(kind)}")
-    return (
-        f"`{caller}`: {type(inverter).__name__} did not solve f(y) = x in {len(failed)} of {len(status)} samples (flat indices "
-        f"over all batch dims, vmapped ones outermost); the worst is sample {worst}, where f(y) - x is "
-        f"{error[worst]:.3g} after at most {inverter.max_steps} steps: {' '.join(parts)}"
-    )

@@ -62,6 +62,7 @@ __all__ = [
     "is_open",
     "is_wrapped",
     "level",
+    "outside_inference_mode",
     "own_saved_tensors",
     "primal",
     "reparametrize",
@@ -142,9 +143,11 @@ def is_open(tensor: Tensor) -> bool:
 
 def can_inspect(tensor: Tensor) -> bool:
     """Whether Python may look at a tensor's values: not wrapped, traced, fake or captured."""
+    if torch.compiler.is_dynamo_compiling():
+        return False
     keys = _TorchDispatchModeKey
     traced = _get_dispatch_mode(keys.PROXY) is not None or _get_dispatch_mode(keys.FAKE) is not None
-    if traced or is_wrapped(tensor) or torch.compiler.is_dynamo_compiling():
+    if traced or is_wrapped(tensor):
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
@@ -198,6 +201,13 @@ def forward_levels() -> int:
     """How many torch.func.jvp levels are open while Dynamo traces."""
     stack = _functorch.get_interpreter_stack() or ()
     return sum(entry.key() == _functorch.TransformType.Jvp for entry in stack)
+
+
+def outside_inference_mode() -> AbstractContextManager[Any]:
+    """What is computed inside can have a graph."""
+    if torch.compiler.is_dynamo_compiling() or not torch.is_inference_mode_enabled():
+        return nullcontext()
+    return torch.inference_mode(False)
 
 
 def own_saved_tensors() -> AbstractContextManager[Any]:

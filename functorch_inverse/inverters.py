@@ -11,7 +11,8 @@ from torch import Tensor
 
 from functorch_inverse import _anderson, _chandrupatla, _newton
 from functorch_inverse._equation import Equation, Point
-from functorch_inverse._iterate import NO_BRACKET, NOT_MONOTONE, STUCK, UNDEFINED, OnFailure
+from functorch_inverse._iterate import OnFailure
+from functorch_inverse._status import NO_BRACKET, NOT_MONOTONE, STUCK, UNDEFINED, Options
 from functorch_inverse.errors import StructureError
 
 __all__ = ["Chandrupatla", "FixedPoint", "Newton"]
@@ -67,22 +68,20 @@ class Newton:
     on_failure: OnFailure = "raise"
     progress: bool = False
 
+    method: ClassVar[str] = "newton"
     needs_jacobian: ClassVar[bool] = True
     traced_steps: ClassVar[int] = 16
 
     def __post_init__(self) -> None:
         _check(self)
 
-    def _tolerances(self, equation: Equation) -> tuple[float, float]:
-        return equation.eps**0.75 if self.rtol is None else self.rtol, self.atol or 0.0
+    def options(self, eps: float) -> Options:
+        """The tolerances in some precision."""
+        return Options(eps, eps**0.75 if self.rtol is None else self.rtol, self.atol or 0.0)
 
     def start(self, equation: Equation, y: Tensor, point: Point) -> _newton.NewtonState:
         """The first state."""
-        return _newton.arrived(equation, y, point, None, *self._tolerances(equation))
-
-    def step(self, equation: Equation, state: _newton.NewtonState) -> _newton.NewtonState:
-        """One evaluation of f, and of its Jacobian where the point is better."""
-        return _newton.step(equation, state, *self._tolerances(equation))
+        return _newton.arrived(equation.x, y, point.residual, point.jacobian(), None, self.options(equation.eps))
 
     def advice(self, status: int) -> str:
         """What to try after a failure."""
@@ -131,6 +130,7 @@ class Chandrupatla:
     on_failure: OnFailure = "raise"
     progress: bool = False
 
+    method: ClassVar[str] = "chandrupatla"
     needs_jacobian: ClassVar[bool] = False
     traced_steps: ClassVar[int] = 40
 
@@ -138,6 +138,10 @@ class Chandrupatla:
         _check(self)
         if self.lower is not None and self.upper is not None and not self.lower < self.upper:
             raise ValueError(f"`Chandrupatla`: lower={self.lower} and upper={self.upper}; `lower` must be below `upper`.")
+
+    def options(self, eps: float) -> Options:
+        """The tolerances in some precision."""
+        return Options(eps, 2 * eps if self.rtol is None else self.rtol, -1.0 if self.atol is None else self.atol)
 
     def start(self, equation: Equation, y: Tensor, point: Point) -> _chandrupatla.BracketState:
         """The first state."""
@@ -149,13 +153,8 @@ class Chandrupatla:
         y = y.contiguous()
         inside = _chandrupatla.inside(y, self.lower, self.upper)
         if not torch.compiler.is_dynamo_compiling() and inside is y:
-            return _chandrupatla.start(equation, y, point, self.lower, self.upper)
-        return _chandrupatla.start(equation, inside, equation.at(inside, graph=False), self.lower, self.upper)
-
-    def step(self, equation: Equation, state: _chandrupatla.BracketState) -> _chandrupatla.BracketState:
-        """One evaluation of f."""
-        rtol = 2 * equation.eps if self.rtol is None else self.rtol
-        return _chandrupatla.step(equation, state, rtol, self.atol)
+            return _chandrupatla.started(y, point.residual, self.lower, self.upper)
+        return _chandrupatla.started(inside, equation.at(inside, graph=False).residual, self.lower, self.upper)
 
     def advice(self, status: int) -> str:
         """What to try after a failure."""
@@ -205,6 +204,7 @@ class FixedPoint:
     on_failure: OnFailure = "raise"
     progress: bool = False
 
+    method: ClassVar[str] = "anderson"
     needs_jacobian: ClassVar[bool] = False
     traced_steps: ClassVar[int] = 32
 
@@ -213,8 +213,9 @@ class FixedPoint:
         if isinstance(self.memory, bool) or not isinstance(self.memory, int) or self.memory < 0:
             raise ValueError(f"`FixedPoint`: `memory` is {self.memory!r}; choose 0, 1, 2, ...")
 
-    def _tolerances(self, equation: Equation) -> tuple[float, float]:
-        return equation.eps**0.75 if self.rtol is None else self.rtol, self.atol or 0.0
+    def options(self, eps: float) -> Options:
+        """The tolerances in some precision."""
+        return Options(eps, eps**0.75 if self.rtol is None else self.rtol, self.atol or 0.0)
 
     def start(self, equation: Equation, y: Tensor, point: Point) -> _anderson.AndersonState:
         """The first state."""
@@ -223,11 +224,7 @@ class FixedPoint:
                 f"`{equation.caller}`: FixedPoint() iterates y + x - f(y), so y must have the shapes of x; one sample of y has "
                 f"{list(equation.inputs.shapes)}, one of x {list(equation.outputs.shapes)}. Use Newton()."
             )
-        return _anderson.start(equation, y, point, self.memory, *self._tolerances(equation))
-
-    def step(self, equation: Equation, state: _anderson.AndersonState) -> _anderson.AndersonState:
-        """One evaluation of f."""
-        return _anderson.step(equation, state, *self._tolerances(equation))
+        return _anderson.started(equation.x, y, point.residual, self.memory, self.options(equation.eps))
 
     def advice(self, status: int) -> str:
         """What to try after a failure."""
