@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from functorch_inverse._status import DONE, NO_BRACKET, NOT_MONOTONE, RUNNING, UNDEFINED, Options, chosen
+from functorch_inverse._status import DONE, JUMPS, NO_BRACKET, NOT_MONOTONE, RUNNING, UNDEFINED, Options, chosen
 
 __all__ = ["SLACK", "BracketState", "advanced", "inside", "started"]
 
@@ -50,6 +50,8 @@ class BracketState(NamedTuple):
     budget: Tensor
     # Below, the width of a bracket is rounding error.
     tiny: Tensor
+    # By how much f differed at the ends of the first bracket.
+    span: Tensor
 
 
 def inside(y: Tensor, lower: float | None, upper: float | None) -> Tensor:
@@ -74,7 +76,8 @@ def started(y: Tensor, residual: Tensor, lower: float | None, upper: float | Non
     state = BracketState(
         y=y, residual=residual, trial=y, status=status, a=a, fa=fa, b=a, fb=fa, c=a, fc=fa, t=zero + 0.5,
         lower=zero + (-limit if lower is None else lower), upper=zero + (limit if upper is None else upper),
-        up=~no, size=(a.abs() / 2).clamp_min(2.0**-7), tries=zero + 1, rising=zero, bracketed=no, budget=zero, tiny=zero,
+        up=~no, size=(a.abs() / 2).clamp_min(2.0**-7), tries=zero + 1, rising=zero, bracketed=no, budget=zero,
+        tiny=zero, span=zero,
     )  # fmt: skip
     return state._replace(trial=_outside(state).unsqueeze(-1))
 
@@ -86,7 +89,7 @@ def advanced(state: BracketState, x: Tensor, residual: Tensor, jacobian: object,
     noise = options.eps**0.5 * (x.squeeze(-1).abs() + s.fa.abs() + s.fb.abs())
     grown, shrunk = _expanded(s, p, fp, noise, options), _shrunk(s, p, fp, noise)
     s = BracketState(*(chosen(s.bracketed, i, o) for i, o in zip(shrunk, grown, strict=True)))
-    s = _interpolating(s, options.rtol)
+    s = _interpolating(s, x.squeeze(-1), options)
     trial = torch.where(s.bracketed, s.a + s.t * (s.b - s.a), _outside(s))
     return s._replace(trial=trial.unsqueeze(-1))
 
@@ -125,7 +128,7 @@ def _expanded(s: BracketState, p: Tensor, fp: Tensor, noise: Tensor, options: Op
         b=torch.where(crossed, e, b), fb=torch.where(crossed, fe, fb),
         up=up, tries=torch.where(unknown, 1, s.tries + 1), rising=torch.where(s.rising == 0, way, s.rising),
         lower=torch.where(unknown & ~s.up, p, s.lower), upper=torch.where(unknown & s.up, p, s.upper),
-        bracketed=crossed, budget=width * 2.0 ** (SLACK - 1), status=status,
+        bracketed=crossed, budget=width * 2.0 ** (SLACK - 1), status=status, span=(fp - fe).abs(),
         tiny=width * options.eps**1.5 if options.atol < 0 else torch.zeros_like(width) + options.atol,
     )  # fmt: skip
 
@@ -144,18 +147,20 @@ def _shrunk(s: BracketState, p: Tensor, fp: Tensor, noise: Tensor) -> BracketSta
     )  # fmt: skip
 
 
-def _interpolating(s: BracketState, rtol: float) -> BracketState:
+def _interpolating(s: BracketState, x: Tensor, options: Options) -> BracketState:
     """The better end of the bracket, whether it will do, and where to look next."""
     first = s.fa.abs() < s.fb.abs()
     y, error = torch.where(first, s.a, s.b), torch.where(first, s.fa, s.fb)
     width = (s.b - s.a).abs()
-    allowed = s.tiny + rtol * y.abs()
+    allowed = s.tiny + options.rtol * y.abs()
     found = (error == 0) | s.bracketed & (width <= 2 * allowed)
     edge = (allowed / width).clamp_max(0.5)
     t = torch.minimum(torch.maximum(_interpolated(s), edge), 1 - edge)
     reach = s.budget / width
     t = torch.minimum(torch.maximum(t, 1 - reach), reach)
-    status = torch.where(found & (s.status == RUNNING), DONE, s.status)
+    # A sign change alone is no solution; f as steep as this cannot be told from a jump.
+    jumps = ~(error.abs() <= options.eps**0.25 * (x.abs() + s.span)) & (error != 0) & (width <= 8 * options.eps * y.abs())
+    status = torch.where(found & (s.status == RUNNING), torch.where(jumps, JUMPS, DONE), s.status)
     return s._replace(y=y.unsqueeze(-1), residual=error.unsqueeze(-1), t=torch.where(reach < 0.5, 0.5, t), status=status)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from functorch_inverse import _anderson, _chandrupatla, _newton
 from functorch_inverse._equation import Equation, Point
 from functorch_inverse._iterate import OnFailure
-from functorch_inverse._status import NO_BRACKET, NOT_MONOTONE, STUCK, UNDEFINED, Options
+from functorch_inverse._status import JUMPS, NO_BRACKET, NOT_MONOTONE, STUCK, UNDEFINED, Options
 from functorch_inverse.errors import StructureError
 
 __all__ = ["Chandrupatla", "FixedPoint", "Newton"]
@@ -106,7 +106,7 @@ class Chandrupatla:
         atol: the absolute part. None: eps^1.5 of the width of the first bracket.
         max_steps: how many points are tried after the first.
         on_failure: "raise" a `BracketError` (f(y) - x has one sign everywhere) or `NotConvergedError` (f is not monotone,
-            or the steps were used up) that names the samples; "nan"; "warn".
+            jumps over x, or the steps were used up) that names the samples; "nan"; "warn".
         progress: as for `Newton`.
 
     Where values cannot be looked at, 40 steps are unrolled; what has not converged by then is nan.
@@ -164,6 +164,8 @@ class Chandrupatla:
             return "Use Newton() with an `init`, or bounds between which f is monotone."
         if status == UNDEFINED:
             return "State f's domain by Chandrupatla(lower, upper), or pass an `init` inside it."
+        if status == JUMPS:
+            return "No y has f(y) = x there; on_failure='warn' gives the place of the jump."
         return "Raise max_steps, or rtol."
 
 
