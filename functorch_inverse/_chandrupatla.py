@@ -2,7 +2,8 @@ r"""Roots of monotone functions of one number: a bracket found by expansion, shr
 
 Three points that enclose the root give an inverse quadratic interpolation; it is used where it is known to be
 monotone between them, else the bracket is halved. No step may leave a bracket wider than bisection would have
-left `SLACK` steps ago, so that there is no function for which this is much slower than bisection.
+left `SLACK` steps ago, so that there is no function for which this is much slower than bisection. Brackets that
+span orders of magnitude are halved geometrically first.
 
 Source: Chandrupatla, A new hybrid quadratic/bisection algorithm for finding the zero of a nonlinear function
 without using derivatives (1997); Oliveira and Takahashi, An Enhancement of the Bisection Method Average
@@ -34,8 +35,8 @@ class BracketState(NamedTuple):
     fb: Tensor
     c: Tensor
     fc: Tensor
-    # The next point of a bracket, as a fraction of it.
-    t: Tensor
+    # The next point of a bracket.
+    m: Tensor
     # Between these f is defined, as far as is known.
     lower: Tensor
     upper: Tensor
@@ -70,11 +71,11 @@ def inside(y: Tensor, lower: float | None, upper: float | None) -> Tensor:
 def started(y: Tensor, residual: Tensor, lower: float | None, upper: float | None) -> BracketState:
     """Nothing but one point."""
     a, fa = y.squeeze(-1), residual.squeeze(-1)
-    limit = torch.finfo(y.dtype).max
+    limit = torch.finfo(y.dtype).max / 4  # no difference overflows
     zero, no = torch.zeros_like(a), torch.zeros_like(a, dtype=torch.bool)
     status = torch.where(fa == 0, DONE, torch.where(fa.isnan() | ~a.isfinite(), UNDEFINED, RUNNING))
     state = BracketState(
-        y=y, residual=residual, trial=y, status=status, a=a, fa=fa, b=a, fb=fa, c=a, fc=fa, t=zero + 0.5,
+        y=y, residual=residual, trial=y, status=status, a=a, fa=fa, b=a, fb=fa, c=a, fc=fa, m=a,
         lower=zero + (-limit if lower is None else lower), upper=zero + (limit if upper is None else upper),
         up=~no, size=(a.abs() / 2).clamp_min(2.0**-7), tries=zero + 1, rising=zero, bracketed=no, budget=zero,
         tiny=zero, span=zero,
@@ -90,7 +91,7 @@ def advanced(state: BracketState, x: Tensor, residual: Tensor, jacobian: object,
     grown, shrunk = _expanded(s, p, fp, noise, options), _shrunk(s, p, fp, noise)
     s = BracketState(*(chosen(s.bracketed, i, o) for i, o in zip(shrunk, grown, strict=True)))
     s = _interpolating(s, x.squeeze(-1), options)
-    trial = torch.where(s.bracketed, s.a + s.t * (s.b - s.a), _outside(s))
+    trial = torch.where(s.bracketed, s.m, _outside(s))
     return s._replace(trial=trial.unsqueeze(-1))
 
 
@@ -129,7 +130,7 @@ def _expanded(s: BracketState, p: Tensor, fp: Tensor, noise: Tensor, options: Op
         up=up, tries=torch.where(unknown, 1, s.tries + 1), rising=torch.where(s.rising == 0, way, s.rising),
         lower=torch.where(unknown & ~s.up, p, s.lower), upper=torch.where(unknown & s.up, p, s.upper),
         bracketed=crossed, budget=width * 2.0 ** (SLACK - 1), status=status, span=(fp - fe).abs(),
-        tiny=width * options.eps**1.5 if options.atol < 0 else torch.zeros_like(width) + options.atol,
+        tiny=width.clamp_max(1.0) * options.eps**1.5 if options.atol < 0 else torch.zeros_like(width) + options.atol,
     )  # fmt: skip
 
 
@@ -154,14 +155,17 @@ def _interpolating(s: BracketState, x: Tensor, options: Options) -> BracketState
     width = (s.b - s.a).abs()
     allowed = s.tiny + options.rtol * y.abs()
     found = (error == 0) | s.bracketed & (width <= 2 * allowed)
+    t, reach = _interpolated(s), s.budget / width
+    middle, wide = _middle(s)
+    far = wide & ((t == 0.5) | (reach < 1))
     edge = (allowed / width).clamp_max(0.5)
-    t = torch.minimum(torch.maximum(_interpolated(s), edge), 1 - edge)
-    reach = s.budget / width
-    t = torch.minimum(torch.maximum(t, 1 - reach), reach)
+    t = torch.minimum(torch.maximum(t, edge), 1 - edge)
+    t = torch.where(reach < 0.5, 0.5, torch.minimum(torch.maximum(t, 1 - reach), reach))
+    m, budget = torch.where(far, middle, s.a + t * (s.b - s.a)), torch.where(far, width * 2.0**SLACK, s.budget)
     # A sign change alone is no solution; f as steep as this cannot be told from a jump.
     jumps = ~(error.abs() <= options.eps**0.25 * (x.abs() + s.span)) & (error != 0) & (width <= 8 * options.eps * y.abs())
     status = torch.where(found & (s.status == RUNNING), torch.where(jumps, JUMPS, DONE), s.status)
-    return s._replace(y=y.unsqueeze(-1), residual=error.unsqueeze(-1), t=torch.where(reach < 0.5, 0.5, t), status=status)
+    return s._replace(y=y.unsqueeze(-1), residual=error.unsqueeze(-1), m=m, budget=budget, status=status)
 
 
 def _interpolated(s: BracketState) -> Tensor:
@@ -171,3 +175,13 @@ def _interpolated(s: BracketState) -> Tensor:
     t = s.fa / (s.fb - s.fa) * s.fc / (s.fb - s.fc)
     t = t + (s.c - s.a) / (s.b - s.a) * s.fa / (s.fc - s.fa) * s.fb / (s.fc - s.fb)
     return torch.where(monotone & t.isfinite(), t, 0.5)
+
+
+# A bracket from 1 to 1e100 would be halved some 300 times before anything happens near 1.
+def _middle(s: BracketState) -> tuple[Tensor, Tensor]:
+    """The geometric middle of a bracket (0 between different signs), and whether it spans orders of magnitude."""
+    small, big = torch.minimum(s.a.abs(), s.b.abs()), torch.maximum(s.a.abs(), s.b.abs())
+    opposite = s.a.sign() * s.b.sign() < 0
+    small = small.clamp_min(1.0)
+    sign = torch.where(s.a.abs() > s.b.abs(), s.a, s.b).sign()
+    return torch.where(opposite, 0, sign * small.sqrt() * big.sqrt()), big > 2.0**10 * small

@@ -41,7 +41,7 @@ class Newton:
     is taken instead. The error is squared in every step near the solution.
 
     Args:
-        rtol: a sample has converged where :math:`|f(y) - x| \le atol + rtol\, (|x| + |A| |y|)` in the maximum norm; one
+        rtol: a sample has converged where :math:`|f(y) - x| \le atol + rtol\, (|x| + |A| |y|)` in each equation; one
             more step follows, which squares the error. None: eps^0.75 of the dtype, 2e-12 in float64.
         atol: the absolute part. None: 0.
         max_steps: how many points are tried after the first, the shortened steps of the line search included.
@@ -97,13 +97,13 @@ class Chandrupatla:
     r"""A bracket and its reduction, for f that is monotone in each number (``event_dim=0``).
 
     A bracket is found by steps of growing length from init, inside the bounds; then inverse quadratic interpolation
-    is used where it is safe, and bisection elsewhere: at most 3 steps more than bisection for any f, and
-    around ten in all for smooth ones. f may rise or fall, and needs no derivative for the values.
+    is used where it is safe, and bisection elsewhere: at most 3 steps more than bisection for any f (in
+    a bracket that spans orders of magnitude it is bisection of the exponent), and around ten in all for smooth ones. f may rise or fall, and needs no derivative for the values.
 
     Args:
         lower, upper: the bounds of f's domain; None: none. The bounds themselves are tried last.
         rtol: a sample has converged where y is known to within atol + rtol |y|. None: 2 eps of the dtype.
-        atol: the absolute part. None: eps^1.5 of the width of the first bracket.
+        atol: the absolute part. None: eps^1.5 of the width of the first bracket, or of 1 if that is less.
         max_steps: how many points are tried after the first.
         on_failure: "raise" a `BracketError` (f(y) - x has one sign everywhere) or `NotConvergedError` (f is not monotone,
             jumps over x, or the steps were used up) that names the samples; "nan"; "warn".
