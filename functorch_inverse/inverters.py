@@ -97,8 +97,9 @@ class Chandrupatla:
     r"""A bracket and its reduction, for f that is monotone in each number (``event_dim=0``).
 
     A bracket is found by steps of growing length from init, inside the bounds; then inverse quadratic interpolation
-    is used where it is safe, and bisection elsewhere: at most 3 steps more than bisection for any f (in
-    a bracket that spans orders of magnitude it is bisection of the exponent), and around ten in all for smooth ones. f may rise or fall, and needs no derivative for the values.
+    is used where it is safe, and bisection elsewhere: at most 3 steps more than bisection for any f (in a bracket that
+    spans orders of magnitude, bisection of the exponent comes first), and around ten in all for smooth ones. f may rise
+    or fall; the values need no derivative of it.
 
     Args:
         lower, upper: the bounds of f's domain; None: none. The bounds themselves are tried last.
@@ -114,7 +115,7 @@ class Chandrupatla:
     Example:
         >>> from functorch_inverse import invert
         >>> logit = invert(torch.sigmoid, inverter=Chandrupatla(), event_dim=0)
-        >>> p = torch.tensor([0.1, 0.5, 0.999])
+        >>> p = torch.tensor([0.1, 0.6, 0.99])
         >>> torch.allclose(logit(p), torch.logit(p), rtol=1e-4)
         True
 

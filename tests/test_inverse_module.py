@@ -164,5 +164,9 @@ def test_distributed_data_parallel(tmp_path):
         subprocess.Popen([sys.executable, str(worker), str(rank), str(tmp_path / "store")], stderr=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
-    results = [(rank.communicate(timeout=120)[1], rank.returncode) for rank in ranks]
+    try:
+        results = [(rank.communicate(timeout=60)[1], rank.returncode) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
     assert all(code == 0 for _, code in results), results

@@ -147,7 +147,8 @@ def test_newton_where_the_jacobian_is_singular_on_the_way():
     y = fi.invert(f, event_dim=1)(f(solution), init=torch.zeros(2, 2, **double))
     torch.testing.assert_close(f(y), f(solution), rtol=1e-9, atol=1e-9)
     cube = fi.invert(lambda y: y**3, inverter=fi.Newton(), event_dim=1)
-    torch.testing.assert_close(cube(torch.tensor([8.0], **double), init=torch.zeros(1, **double)), torch.tensor([2.0], **double))
+    y = cube(torch.tensor([8.0], **double), init=torch.zeros(1, **double))
+    torch.testing.assert_close(y, torch.tensor([2.0], **double))
 
 
 def test_newton_says_where_it_is_stuck_or_undefined():
