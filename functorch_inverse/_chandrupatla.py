@@ -40,7 +40,7 @@ class BracketState(NamedTuple):
     # Between these f is defined, as far as is known.
     lower: Tensor
     upper: Tensor
-    # The next expansion: up or down, how far, the how manieth.
+    # The next expansion: up or down, the unit of its length, how many there were.
     up: Tensor
     size: Tensor
     tries: Tensor

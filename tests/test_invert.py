@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import optree
@@ -12,6 +13,7 @@ from helpers import MAPPED, all_of, assert_close, assert_close_to_exact, every_p
 from problems import ELEMENTWISE, PROBLEMS, RESHAPED, TREE, VECTOR, WHOLE, Draw
 from torch import nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import functorch_inverse as fi
 
@@ -450,6 +452,30 @@ def test_no_grad_costs_nothing_else():
     with torch.no_grad():
         assert not fi.invert(torch.sinh, event_dim=0)(x).requires_grad
     assert not fi.invert(torch.sinh, event_dim=0)(x.detach()).requires_grad
+
+
+def test_gradcheck():
+    g = fi.invert(lambda y, a: torch.sinh(a * y) + y, event_dim=0)
+    inputs = (torch.randn(3, **double, requires_grad=True), (torch.rand(3, **double) + 0.5).requires_grad_())
+    assert torch.autograd.gradcheck(g, inputs, check_forward_ad=True, check_batched_grad=True)
+
+
+def test_chunks_threads_and_a_fake_trace():
+    x, g = torch.linspace(-2, 2, 7, **double), fi.invert(torch.sinh, event_dim=0)
+    torch.testing.assert_close(vmap(g, chunk_size=2)(x), x.asinh())
+    linear = nn.Linear(3, 3, **double)
+    inverse = fi.InverseModule(linear, event_dim=1)
+
+    def residual(i):
+        x = torch.full((2, 3), float(i + 1), **double)
+        return (linear(inverse(x)) - x).abs().max().item()
+
+    with ThreadPoolExecutor(8) as pool:
+        assert max(pool.map(residual, range(24))) < 1e-9
+    h = fi.invert(lambda y: torch.sinh(y) + 0.1 * y.sum(-1, keepdim=True), event_dim=1, inverter=fi.Newton(max_steps=8))
+    traced = make_fx(h)(torch.randn(4, 2, **double))
+    x = torch.randn(4, 2, **double)
+    torch.testing.assert_close(traced(x), h(x))
 
 
 def check_export():
