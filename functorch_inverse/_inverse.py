@@ -16,6 +16,7 @@ from functorch_inverse._tree import Partition, event_dims, is_differentiable, is
 from functorch_inverse._vectors import Layout, batch_shape, lead
 from functorch_inverse.errors import StructureError
 from functorch_inverse.linear_solvers import LinearSolver
+from functorch_inverse.operators import Equation
 
 __all__ = ["InverseProblem"]
 
@@ -38,14 +39,15 @@ class InverseProblem(Problem):
         x_dims = event_dims(self.event_dim, target, x, self.caller, "event_dim")
         y, y_dims = values.leaves, _y_dims(self, given, values)
         batch = batch_shape(y, y_dims, self.caller, "y")
-        _check_sizes(self.caller, Layout.of(x, x_dims), Layout.of(y, y_dims))
+        if not getattr(self.linear_solver, "rectangular", False):
+            _check_sizes(self.caller, Layout.of(x, x_dims), Layout.of(y, y_dims))
         x = tuple(lead(self.caller, t, d, batch) for t, d in zip(x, x_dims, strict=True))
         theta = (*given.arg_tensors, *values.constants, *captured.tensors)
         evidence = _Evidence(self, values.y, values.differentiable, given.args, captured, target)
         if self.check:
             got = evidence([t.detach() for t in y], [t.detach() for t in theta])
             check_residual(self.caller, self.check, got, x, y, (x_dims, y_dims))
-        return attach(ImplicitRule(self.caller, evidence, y_dims, x_dims, self.linear_solver), y, x, theta)
+        return attach(ImplicitRule(Equation(self.caller, evidence, y_dims, x_dims), self.linear_solver), y, x, theta)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,5 +123,5 @@ def _check_sizes(caller: str, x: Layout, y: Layout) -> None:
     raise StructureError(
         f"`{caller}`: one sample of x has {x.size} real numbers (event shapes {list(x.shapes)}), one of y has {y.size} "
         f"({list(y.shapes)}). {more}. Give g and f equally many, state the missing equations in f, or describe the "
-        "samples by `event_dim` and `out_event_dim`."
+        "samples by `event_dim` and `out_event_dim`. linear_solver=LeastSquares() asserts the minimum-norm branch."
     )
