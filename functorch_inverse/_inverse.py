@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from functorch_inverse._attach import attach
-from functorch_inverse._call import Given, Problem, Values, merge
+from functorch_inverse._call import Given, Problem, Values
 from functorch_inverse._capture import Captured
 from functorch_inverse._check import check_residual
+from functorch_inverse._evidence import Evidence
 from functorch_inverse._rules import ImplicitRule
-from functorch_inverse._tree import Partition, event_dims, is_differentiable, is_number
+from functorch_inverse._tree import Partition, Tree, event_dims, is_differentiable, is_number
 from functorch_inverse._vectors import Layout, batch_shape, lead
 from functorch_inverse.errors import StructureError
 from functorch_inverse.linear_solvers import LinearSolver
@@ -43,7 +44,8 @@ class InverseProblem(Problem):
             _check_sizes(self.caller, Layout.of(x, x_dims), Layout.of(y, y_dims))
         x = tuple(lead(self.caller, t, d, batch) for t, d in zip(x, x_dims, strict=True))
         theta = (*given.arg_tensors, *values.constants, *captured.tensors)
-        evidence = _Evidence(self, values.y, values.differentiable, given.args, captured, target)
+        pick = _Pick(self.caller, target)
+        evidence = Evidence(self.evidence, values.y, values.differentiable, given.args, captured, pick)
         if self.check:
             got = evidence([t.detach() for t in y], [t.detach() for t in theta])
             check_residual(self.caller, self.check, got, x, y, (x_dims, y_dims))
@@ -51,24 +53,15 @@ class InverseProblem(Problem):
 
 
 @dataclass(frozen=True, eq=False)
-class _Evidence:
-    """f on leaves: (y leaves, theta leaves) -> x leaves, where theta = (args, constants of y, captured)."""
+class _Pick:
+    """The leaves of what f returned that belong to x."""
 
-    problem: InverseProblem
-    y: Partition
-    differentiable: tuple[bool, ...]
-    args: Partition
-    captured: Captured
+    caller: str
     target: Partition
 
-    def __call__(self, y: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
-        n = len(self.args.places)
-        m = len(theta) - self.captured.count
-        everything = self.y.join(merge(self.differentiable, y, theta[n:m]))
-        with self.captured.running(theta[m:], (*y, *theta)):
-            result = self.problem.evidence(everything, *self.args.join(theta[:n]))
-        leaves = self.target.pick(result, self.problem.caller, "f(y, *args)")
-        _check_tensors(self.problem.caller, leaves)
+    def __call__(self, result: Tree) -> tuple[Tensor, ...]:
+        leaves = self.target.pick(result, self.caller, "f(y, *args)")
+        _check_tensors(self.caller, leaves)
         return leaves
 
 

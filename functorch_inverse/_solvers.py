@@ -9,9 +9,9 @@ from torch import Tensor
 
 from functorch_inverse.errors import NotConvergedError, StructureError
 from functorch_inverse.linear_solvers import LU, Factors, LinearSolver
-from functorch_inverse.operators import JacobianOperator, MatVec, ValueSolver
+from functorch_inverse.operators import JacobianOperator, MatVec, System, ValueSolver
 
-__all__ = ["SolverLike", "as_solver"]
+__all__ = ["SolverLike", "as_solver", "with_jacobian"]
 
 SolverLike: TypeAlias = LinearSolver | ValueSolver | Callable[[MatVec, Tensor], Tensor] | None
 
@@ -41,14 +41,14 @@ class _Callable:
 
     function: Callable[[MatVec, Tensor], Tensor]
 
-    def values(self, mv: MatVec, rmv: MatVec, b: Tensor, near: Tensor | None) -> Tensor:
-        u = self.function(mv, b)
+    def values(self, system: System, b: Tensor) -> Tensor:
+        u = self.function(system.mv, b)
         if not isinstance(u, Tensor) or u.shape != b.shape or u.dtype != b.dtype:
             arrived = f"{u.dtype} of shape {tuple(u.shape)}" if isinstance(u, Tensor) else type(u).__name__
             raise StructureError(
                 f"`linear_solver`: solve(mv, rhs) returned {arrived}; needed is {b.dtype} of shape {tuple(b.shape)}."
             )
-        error, size = (mv(u) - b).norm(dim=-1), b.norm(dim=-1)
+        error, size = (system.mv(u) - b).norm(dim=-1), b.norm(dim=-1)
         bad = error > torch.finfo(b.dtype).eps ** 0.5 * size
         if bad.any():
             worst = (error / size)[bad].max().item()
@@ -73,3 +73,21 @@ def as_solver(caller: str, solver: Any) -> LinearSolver:
         f"`{caller}`: `linear_solver` is {solver!r}; choose LU(), Cholesky(), Triangular(), LeastSquares(), "
         "Banded(lower, upper), CG(), NormalCG(), GMRES(), BiCGStab(), or a callable solve(mv, rhs)."
     )
+
+
+def with_jacobian(caller: str, solver: Any) -> LinearSolver:
+    """A solver that uses a matrix close to the Jacobian: an iteration that it preconditions."""
+    found = GMRES() if solver is None else solver
+    if not hasattr(found, "values"):
+        raise ValueError(
+            f"`{caller}`: `linear_solver` is {solver!r}; with has_jacobian=True the Jacobian that `solve` returned preconditions an "
+            "iteration: leave it out, or choose GMRES(), BiCGStab(), CG() or NormalCG()."
+        )
+    return _Preconditioned(found)
+
+
+@dataclass(frozen=True)
+class _Preconditioned(_ByValues):
+    def factorise(self, operator: JacobianOperator) -> Factors:
+        """Under Dynamo, where nothing can iterate, the Jacobian is built after all."""
+        return LU().factorise(operator) if torch.compiler.is_dynamo_compiling() else super().factorise(operator)

@@ -28,9 +28,22 @@ MatVec: TypeAlias = Callable[[Tensor], Tensor]
 class ValueSolver(Protocol):
     """Finds the value of u with A u = b."""
 
-    def values(self, mv: MatVec, rmv: MatVec, b: Tensor, near: Tensor | None) -> Tensor:
-        """u of shape (*columns, *batch, n); `near` is a matrix (*batch, n, n) close to A, if there is one."""
+    def values(self, system: "System", b: Tensor) -> Tensor:
+        """u for b of shape (*columns, *batch, n)."""
         ...
+
+
+@dataclass(frozen=True, eq=False)
+class System:
+    """A u = b as an iteration sees it; A may be the transpose of a Jacobian.
+
+    Vectors have the shape (*columns, *batch, n). `near` applies the inverse of a matrix that is close to A.
+    """
+
+    mv: MatVec
+    rmv: MatVec
+    transpose: bool
+    near: MatVec | None = None
 
 
 def vmapped(f: Function, first: int | None, theta_is_batched: Sequence[bool], randomness: str) -> Function:
@@ -49,15 +62,15 @@ def vmapped(f: Function, first: int | None, theta_is_batched: Sequence[bool], ra
 class Equation:
     """f(y, theta) = x, or f(y, theta) = 0 where `x_dims` is None.
 
-    `f` takes y leaves (*batch, *event) with any number of leading dims, and theta leaves of any shape. Where
-    `near`, the last of theta is no argument of f but a matrix (*batch, n, n) close to its Jacobian.
+    `f` takes y leaves (*batch, *event) with any number of leading dims, and theta leaves of any shape. The
+    last `near` of theta are no arguments of f but a matrix (*batch, n, n) close to its Jacobian, or (LU, pivots) of it.
     """
 
     caller: str
     f: Function
     y_dims: tuple[int, ...]
     x_dims: tuple[int, ...] | None
-    near: bool = False
+    near: int = 0
 
     def batched(self, theta_is_batched: Sequence[bool], randomness: str) -> "Equation":
         """The same equation where y, and some of theta, carry one more leading dim."""
@@ -129,10 +142,23 @@ class JacobianOperator:
         return not (_torch.transforms_active() or torch.is_grad_enabled())
 
     def _values(self, solver: ValueSolver, b: Tensor, transpose: bool) -> Tensor:
-        near = self.theta[-1] if self.equation.near else None
         maps = (self.rmv, self.mv) if transpose else (self.mv, self.rmv)
-        near = near.mT if near is not None and transpose else near
-        return solver.values(maps[0], maps[1], b, near)
+        return solver.values(System(*maps, transpose, self._near(transpose)), b)
+
+    def _near(self, transpose: bool) -> MatVec | None:
+        if not self.equation.near:
+            return None
+        factors = self.theta[-self.equation.near :]
+        lu, pivots = factors if len(factors) == 2 else torch.linalg.lu_factor_ex(factors[0])[:2]
+
+        def apply(v: Tensor) -> Tensor:
+            count = v.ndim - len(self.batch) - 1
+            columns = v.movedim(tuple(range(count)), tuple(range(-count, 0))).reshape(*self.batch, v.shape[-1], -1)
+            found = torch.linalg.lu_solve(lu, pivots, columns, adjoint=transpose)
+            back = found.unflatten(-1, v.shape[:count]) if count else found.squeeze(-1)
+            return back.movedim(tuple(range(-count, 0)), tuple(range(count))) if count else back
+
+        return apply
 
     def _froze(self, result: Tensor) -> Tensor:
         return result.detach() if self.frozen else result
