@@ -55,8 +55,9 @@ def check_root(caller: str, check: bool | float, step: Tensors, y: Tensors, dims
 
 
 _INVERSE = (
-    "`{caller}`: f(g(x)) is not x in {{bad}}, where f(g(x)) - x is {{error}} and {{tolerance}} relative ({{allowed}}) is allowed. "
-    "Either f is not the inverse of g, g did not converge, or the tolerance is too small: check=1e-3, say, asks for less."
+    "`{caller}`: f(g(x)) is not x in {{bad}}, where f(g(x)) - x is {{error}} and {{tolerance}} relative ({{allowed}}) is "
+    "allowed. Either f is not the inverse of g, g did not converge, or the tolerance is too small: check=1e-3, say, asks "
+    "for less."
 )
 _ROOT = (
     "`{caller}`: the residual is not zero at y in {{bad}}, where a Newton step moves y by {{error}} and {{tolerance}} relative "

@@ -76,8 +76,8 @@ class WithoutX:
         parts = 3 if self.has_aux else 2
         if not isinstance(result, tuple) or len(result) != parts:
             raise StructureError(
-                f"`{self.caller}`: has_jacobian=True asks `solve` for a tuple of {parts}, (y, {'aux, ' * self.has_aux}jacobian); it "
-                f"returned {type(result).__name__}{f' of {len(result)}' if isinstance(result, tuple) else ''}."
+                f"`{self.caller}`: has_jacobian=True asks `solve` for a tuple of {parts}, (y, {'aux, ' * self.has_aux}jacobian)"
+                f"; it returned {type(result).__name__}{f' of {len(result)}' if isinstance(result, tuple) else ''}."
             )
         return result[0], result[1:]
 
@@ -140,7 +140,7 @@ def _near(caller: str, given: Any, y: Tensors, dims: Sequence[int], batch: torch
     if not fits or parts[0].numel() != prod(batch) * n * n or parts[0].is_complex() or any(t.is_complex() for t in y):
         arrived = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in parts]
         raise StructureError(
-            f"`{caller}`: solve handed on a Jacobian of shape {arrived}; needed is a real one of shape {(*batch, n, n)} (batch, "
-            "residual, y), or a pair (LU, pivots) as torch.linalg.lu_factor returns it."
+            f"`{caller}`: solve handed on a Jacobian of shape {arrived}; needed is a real one of shape {(*batch, n, n)} "
+            "(batch, residual, y), or a pair (LU, pivots) as torch.linalg.lu_factor returns it."
         )
     return parts[0].to(y[0].dtype).reshape(*batch, n, n), *parts[1:]

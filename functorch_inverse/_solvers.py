@@ -1,19 +1,20 @@
 """What `linear_solver=` may be: a solver object, an iteration that finds values, or a callable of the user's own."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from functorch_inverse.errors import NotConvergedError, StructureError
+from functorch_inverse.krylov import GMRES, Krylov
 from functorch_inverse.linear_solvers import LU, Factors, LinearSolver
 from functorch_inverse.operators import JacobianOperator, MatVec, System, ValueSolver
 
 __all__ = ["SolverLike", "as_solver", "with_jacobian"]
 
-SolverLike: TypeAlias = LinearSolver | ValueSolver | Callable[[MatVec, Tensor], Tensor] | None
+SolverLike: TypeAlias = LinearSolver | Krylov | ValueSolver | Callable[[MatVec, Tensor], Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,18 @@ class _Iterated:
 
     def solve(self, b: Tensor, *, transpose: bool = False) -> Tensor:
         return self.operator.solve(self.solver, b, transpose=transpose)
+
+
+@dataclass(frozen=True)
+class _Iteration:
+    """A Krylov solver, preconditioned by what is near A where there is such a thing."""
+
+    krylov: Krylov
+
+    def values(self, system: System, b: Tensor) -> Tensor:
+        if system.near is None:
+            return self.krylov.run(system.mv, b, transposed=system.rmv, transpose=system.transpose).value
+        return replace(self.krylov, preconditioner=system.near).run(system.mv, b, transposed=system.rmv).value
 
 
 @dataclass(frozen=True)
@@ -65,6 +78,8 @@ def as_solver(caller: str, solver: Any) -> LinearSolver:
         return LU()
     if hasattr(solver, "factorise"):
         return solver
+    if isinstance(solver, Krylov):
+        return _ByValues(_Iteration(solver))
     if hasattr(solver, "values"):
         return _ByValues(solver)
     if callable(solver) and not isinstance(solver, type):
@@ -78,12 +93,12 @@ def as_solver(caller: str, solver: Any) -> LinearSolver:
 def with_jacobian(caller: str, solver: Any) -> LinearSolver:
     """A solver that uses a matrix close to the Jacobian: an iteration that it preconditions."""
     found = GMRES() if solver is None else solver
-    if not hasattr(found, "values"):
+    if not isinstance(found, Krylov):
         raise ValueError(
-            f"`{caller}`: `linear_solver` is {solver!r}; with has_jacobian=True the Jacobian that `solve` returned preconditions an "
-            "iteration: leave it out, or choose GMRES(), BiCGStab(), CG() or NormalCG()."
+            f"`{caller}`: `linear_solver` is {solver!r}; with has_jacobian=True the Jacobian that `solve` returned "
+            "preconditions an iteration: leave it out, or choose GMRES(), BiCGStab(), CG() or NormalCG()."
         )
-    return _Preconditioned(found)
+    return _Preconditioned(_Iteration(found))
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class NoDerivativeError(FunctorchInverseError, RuntimeError):
 
 
 class NotConvergedError(FunctorchInverseError, RuntimeError):
-    """An iteration did not reach its tolerance; the text names the samples and how far they are."""
+    """An iteration ended before it reached its tolerance; the text names the systems and what they reached."""
 
 
 class BlackBoxError(FunctorchInverseError, RuntimeError):

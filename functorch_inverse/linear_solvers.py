@@ -108,9 +108,9 @@ class Cholesky(_Direct):
         >>> from functorch_inverse import custom_root
         >>> energy = lambda y, t: (y**2).sum() + y.prod() - (t * y).sum()
         >>> argmin = custom_root(lambda t: torch.zeros(2), torch.func.grad(energy), linear_solver=Cholesky())
-        >>> torch.func.jacrev(argmin)(torch.zeros(2)) * 3
-        tensor([[ 2., -1.],
-                [-1.,  2.]])
+        >>> torch.func.jacrev(argmin)(torch.zeros(2))
+        tensor([[ 0.6667, -0.3333],
+                [-0.3333,  0.6667]])
 
     Source: Golub and Van Loan, Matrix Computations, 4th edition, section 4.2.
     """

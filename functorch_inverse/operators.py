@@ -143,7 +143,7 @@ class JacobianOperator:
 
     def _values(self, solver: ValueSolver, b: Tensor, transpose: bool) -> Tensor:
         maps = (self.rmv, self.mv) if transpose else (self.mv, self.rmv)
-        return solver.values(System(*maps, transpose, self._near(transpose)), b)
+        return solver.values(System(maps[0], maps[1], transpose, self._near(transpose)), b)
 
     def _near(self, transpose: bool) -> MatVec | None:
         if not self.equation.near:

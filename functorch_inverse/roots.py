@@ -69,8 +69,8 @@ def custom_root(
         vmap_method: how vmap calls solve: "sequential", one call a sample (the default); "broadcast", one call in which
             every tensor of args has one more leading dim; "vmap", torch.vmap(solve).
         has_aux: solve returns ``(y, aux)``, and so does the result; aux has no derivative.
-        has_jacobian: solve returns the Jacobian A at y last, ``(y, A)`` or ``(y, aux, A)``, of shape (*batch, n, n), or the pair
-            (LU, pivots) of `torch.linalg.lu_factor`. It preconditions the linear solve, which then needs one or two
+        has_jacobian: solve returns the Jacobian A at y last, ``(y, A)`` or ``(y, aux, A)``, of shape (*batch, n, n), or the
+            pair (LU, pivots) of `torch.linalg.lu_factor`. It preconditions the linear solve, which then needs one or two
             products with A in place of n; so an A that is a little old costs a few products more, and never accuracy.
         check: at every call, compare a Newton step with y: True for a relative tolerance of sqrt(eps), or the tolerance.
 
@@ -127,7 +127,8 @@ def custom_fixed_point(
     r"""Give a solver the derivatives of the fixed point that it finds.
 
     .. math:: s(y, \theta) = y \;\Rightarrow\;
-              \frac{\partial y}{\partial \theta} = \Bigl(I - \frac{\partial s}{\partial y}\Bigr)^{-1} \frac{\partial s}{\partial \theta}
+              \frac{\partial y}{\partial \theta} = (I - S)^{-1} \frac{\partial s}{\partial \theta}, \quad
+              S = \frac{\partial s}{\partial y}
 
     That is `custom_root` with the residual s(y) - y; deep equilibrium layers are the usual case, with GMRES() or another
     matrix-free solver where y is large.
