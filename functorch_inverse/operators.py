@@ -156,7 +156,8 @@ class JacobianOperator:
             columns = v.movedim(tuple(range(count)), tuple(range(-count, 0))).reshape(*self.batch, v.shape[-1], -1)
             found = torch.linalg.lu_solve(lu, pivots, columns, adjoint=transpose)
             back = found.unflatten(-1, v.shape[:count]) if count else found.squeeze(-1)
-            return back.movedim(tuple(range(-count, 0)), tuple(range(count))) if count else back
+            back = back.movedim(tuple(range(-count, 0)), tuple(range(count))) if count else back
+            return torch.where(back.isfinite().all(-1, keepdim=True), back, v)  # a singular one helps nobody
 
         return apply
 
