@@ -32,6 +32,7 @@ from functorch_inverse.errors import StructureError as StructureError
 from functorch_inverse.finite_difference import finite_difference as finite_difference
 from functorch_inverse.finite_difference import numerical_jacobian as numerical_jacobian
 from functorch_inverse.jacobians import batch_jacobian as batch_jacobian
+from functorch_inverse.jacobians import log_abs_det_jacobian as log_abs_det_jacobian
 from functorch_inverse.krylov import CG as CG
 from functorch_inverse.krylov import GMRES as GMRES
 from functorch_inverse.krylov import BiCGStab as BiCGStab

@@ -35,6 +35,11 @@ class Pullback:
         plain = not (_torch.transforms_active() or torch.is_grad_enabled())
         return _GraphPullback(f, y, theta, wanted) if plain else _FuncPullback(f, y, theta, wanted)
 
+    @staticmethod
+    def open(f: Function, y: Tensors) -> "Pullback":
+        """Evaluate f in the open graph, so that everything it reads is differentiated as anywhere else."""
+        return _FuncPullback(f, y, (), ()) if _torch.transforms_active() else _OpenPullback(f, y)
+
     def to_y(self, cotangents: Tensors) -> tuple[Tensor, ...]:
         """(df/dy)^T times one set of cotangents."""
         raise NotImplementedError
@@ -79,6 +84,24 @@ class _GraphPullback(Pullback):
         pairs = [(o, c) for o, c in zip(self.outputs, cotangents, strict=True) if o.requires_grad]
         outputs, grads = zip(*pairs, strict=True)
         return torch.autograd.grad(outputs, inputs, grads, retain_graph=True, materialize_grads=True)
+
+
+class _OpenPullback(_GraphPullback):
+    """From the graph that is being built: what is computed is itself differentiable, by plain autograd, to all that f reads."""
+
+    def __init__(self, f: Function, y: Tensors) -> None:
+        # A node of its own, so that what else f reads may depend on y too.
+        self.theta, self.transposed = [], None
+        with torch.inference_mode(False), torch.enable_grad():
+            y = [t.clone() if t.is_inference() else t for t in y]
+            self.y = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in y]
+            self.outputs = _evaluate(f, self.y, ())
+
+    def _grad(self, inputs: list[Tensor], cotangents: Tensors) -> tuple[Tensor, ...]:
+        with torch.inference_mode(False), torch.enable_grad():
+            cotangents = tuple(c.clone() if c.is_inference() else c for c in cotangents)
+            grads = torch.autograd.grad(self.outputs, inputs, cotangents, create_graph=True, materialize_grads=True)
+        return grads if torch.is_grad_enabled() else tuple(t.detach() for t in grads)
 
 
 class _FuncPullback(Pullback):
