@@ -214,6 +214,7 @@ class _Matrix:
 
     def _evaluate(self, theta: Tensors) -> Any:
         n, m = len(self.x.places), len(theta) - self.captured.count
+        self.captured.verify()
         with self.captured.running(theta[m:]):
             return self.problem.evidence(self.x.join(theta[:n]), *self.args.join(theta[n:m]))
 

@@ -64,7 +64,7 @@ class _GraphPullback(Pullback):
     def _grad(self, inputs: list[Tensor], cotangents: Tensors) -> tuple[Tensor, ...]:
         pairs = [(o, c) for o, c in zip(self.outputs, cotangents, strict=True) if o.requires_grad]
         outputs, grads = zip(*pairs, strict=True)
-        return torch.autograd.grad(outputs, inputs, grads, retain_graph=True, materialize_grads=True)
+        return _torch.graph_grad(outputs, inputs, grads)
 
 
 class _FuncPullback(Pullback):

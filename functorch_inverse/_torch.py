@@ -3,7 +3,7 @@
 A new torch that renames one of them breaks here, at import, and says so.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -30,6 +30,9 @@ try:
     # Tensors without data, for what the user says of a result.
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    # A small backward pass without the checks of torch.autograd.grad, which cost as much again.
+    from torch.autograd.graph import _engine_run_backward
+
     # Parameters of a module made explicit, also where the module's own forward is running.
     from torch.nn.utils.stateless import _reparametrize_module
 
@@ -55,6 +58,7 @@ __all__ = [
     "forward_mode_available",
     "full_precision",
     "function_mode_active",
+    "graph_grad",
     "is_live",
     "is_open",
     "is_wrapped",
@@ -107,6 +111,14 @@ def _tracked(tensor: Tensor) -> bool:
         and _is_fwd_grad_enabled()
         and forward_ad.unpack_dual(tensor, level=0).tangent is not None
     )
+
+
+def graph_grad(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """torch.autograd.grad of a graph that stays, with zeros where an input is not reached."""
+    grads = _engine_run_backward(
+        tuple(outputs), tuple(cotangents), True, False, tuple(inputs), allow_unreachable=True, accumulate_grad=False
+    )
+    return tuple(torch.zeros_like(t) if g is None else g for t, g in zip(inputs, grads, strict=True))
 
 
 def is_live(tensor: Tensor) -> bool:
