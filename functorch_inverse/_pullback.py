@@ -32,8 +32,7 @@ class Pullback:
     @staticmethod
     def of(f: Function, y: Tensors, theta: Tensors, wanted: Sequence[int]) -> "Pullback":
         """Evaluate f at a point; `wanted` are the positions of theta to differentiate."""
-        plain = not (_torch.transforms_active() or torch.is_grad_enabled())
-        return _GraphPullback(f, y, theta, wanted) if plain else _FuncPullback(f, y, theta, wanted)
+        return (_GraphPullback if _torch.plain() else _FuncPullback)(f, y, theta, wanted)
 
     def to_y(self, cotangents: Tensors) -> tuple[Tensor, ...]:
         """(df/dy)^T times one set of cotangents."""
@@ -171,7 +170,7 @@ def jacobian(pull: Callable[[Tensor], Tensor], batch: Sequence[int], rows: int, 
     expanded over all samples at once: f is evaluated for the whole batch, never per sample.
     """
     basis = torch.eye(rows, dtype=real_dtype(like.dtype), device=like.device)
-    if _torch.transforms_active() or torch.is_grad_enabled() or not 0 < rows <= _LOOP_UP_TO:
+    if not (_torch.plain() and 0 < rows <= _LOOP_UP_TO):
         return torch.vmap(lambda e: pull(e.expand(*batch, rows)))(basis).movedim(0, -2)
     return torch.stack([pull(e.expand(*batch, rows)) for e in basis], -2)
 

@@ -23,6 +23,9 @@ try:
         _TorchDispatchModeKey,
     )
 
+    # Whether another backward pass through the same graph may come.
+    from torch._C._autograd import _get_current_graph_task_keep_graph as graph_is_kept
+
     # The level of torch.func.jvp: nested forward mode is wrong without the mend below.
     from torch._functorch import eager_transforms
     from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
@@ -59,10 +62,12 @@ __all__ = [
     "full_precision",
     "function_mode_active",
     "graph_grad",
+    "graph_is_kept",
     "is_live",
     "is_open",
     "is_wrapped",
     "level",
+    "plain",
     "primal",
     "reparametrize",
     "traced_derivatives_possible",
@@ -78,6 +83,11 @@ is_wrapped = _functorch.is_functorch_wrapped_tensor
 def transforms_active() -> bool:
     """Whether any torch.func transform is open."""
     return torch.compiler.is_dynamo_compiling() or _are_functorch_transforms_active()
+
+
+def plain() -> bool:
+    """Whether nobody differentiates or transforms what is computed now."""
+    return not (transforms_active() or torch.is_grad_enabled() or forward_ad._current_level >= 0)
 
 
 def function_mode_active() -> bool:
