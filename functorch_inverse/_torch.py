@@ -3,7 +3,7 @@
 A new torch that renames one of them breaks here, at import, and says so.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -23,12 +23,18 @@ try:
         _TorchDispatchModeKey,
     )
 
+    # Whether another backward pass through the same graph may come.
+    from torch._C._autograd import _get_current_graph_task_keep_graph as graph_is_kept
+
     # The level of torch.func.jvp: nested forward mode is wrong without the mend below.
     from torch._functorch import eager_transforms
     from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
     # Tensors without data, for what the user says of a result.
     from torch._subclasses.fake_tensor import FakeTensorMode
+
+    # A small backward pass without the checks of torch.autograd.grad, which cost as much again.
+    from torch.autograd.graph import _engine_run_backward
 
     # Parameters of a module made explicit, also where the module's own forward is running.
     from torch.nn.utils.stateless import _reparametrize_module
@@ -55,10 +61,13 @@ __all__ = [
     "forward_mode_available",
     "full_precision",
     "function_mode_active",
+    "graph_grad",
+    "graph_is_kept",
     "is_live",
     "is_open",
     "is_wrapped",
     "level",
+    "plain",
     "primal",
     "reparametrize",
     "traced_derivatives_possible",
@@ -74,6 +83,11 @@ is_wrapped = _functorch.is_functorch_wrapped_tensor
 def transforms_active() -> bool:
     """Whether any torch.func transform is open."""
     return torch.compiler.is_dynamo_compiling() or _are_functorch_transforms_active()
+
+
+def plain() -> bool:
+    """Whether nobody differentiates or transforms what is computed now."""
+    return not (transforms_active() or torch.is_grad_enabled() or forward_ad._current_level >= 0)
 
 
 def function_mode_active() -> bool:
@@ -107,6 +121,14 @@ def _tracked(tensor: Tensor) -> bool:
         and _is_fwd_grad_enabled()
         and forward_ad.unpack_dual(tensor, level=0).tangent is not None
     )
+
+
+def graph_grad(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """torch.autograd.grad of a graph that stays, with zeros where an input is not reached."""
+    grads = _engine_run_backward(
+        tuple(outputs), tuple(cotangents), True, False, tuple(inputs), allow_unreachable=True, accumulate_grad=False
+    )
+    return tuple(torch.zeros_like(t) if g is None else g for t, g in zip(inputs, grads, strict=True))
 
 
 def is_live(tensor: Tensor) -> bool:

@@ -111,7 +111,8 @@ class JacobianOperator:
 
     def as_matrix(self) -> Tensor:
         """A of shape (*batch, rows, columns), by one pass of f backward for each row."""
-        matrix = jacobian(self._pull, self.batch, self.outputs.size, self.pullback.outputs[0])
+        plain = _torch.plain() or self.pullback.in_open_graph
+        matrix = jacobian(self._pull, self.batch, self.outputs.size, self.pullback.outputs[0], plain=plain)
         return self._froze(matrix.float() if matrix.dtype in (torch.float16, torch.bfloat16) else matrix)
 
     def rows(self, cotangents: Tensor) -> Tensor:
@@ -134,14 +135,9 @@ class JacobianOperator:
                 f"`{self.equation.caller}`: an iterative linear solver looks at values, which torch.compile cannot. Keep "
                 "this call outside of the compiled region, or use a direct solver such as LU()."
             )
-        if self.plain:
+        if _torch.plain():
             return self._values(solver, b, transpose)
         return _Solve.apply(self.equation, solver, transpose, len(self.y), b, *self.y, *self.theta)
-
-    @property
-    def plain(self) -> bool:
-        """Whether nobody differentiates what is computed from A now."""
-        return not (_torch.transforms_active() or torch.is_grad_enabled())
 
     def _values(self, solver: ValueSolver, b: Tensor, transpose: bool) -> Tensor:
         maps = (self.rmv, self.mv) if transpose else (self.mv, self.rmv)
