@@ -190,15 +190,15 @@ def _check_leaves(outputs: Tensors, known: Tensors) -> None:
         seen.update(n for n, _ in node.next_functions)
 
 
-def jacobian(pull: Callable[[Tensor], Tensor], batch: Sequence[int], rows: int, like: Tensor, *, plain: bool) -> Tensor:
+def jacobian(pull: Callable[[Tensor], Tensor], batch: Sequence[int], rows: int, like: Tensor, *, plain: bool = False) -> Tensor:
     """All rows of a per-sample Jacobian, (*batch, rows, columns).
 
     `pull` takes cotangents of shape (*batch, rows) to (*batch, columns). Each row is one unit cotangent
-    expanded over all samples at once: f is evaluated for the whole batch, never per sample. `plain`: no transform
-    has to look at it.
+    expanded over all samples at once: f is evaluated for the whole batch, never per sample. `plain`: although a
+    graph is being built, no transform has to look at it.
     """
     basis = torch.eye(rows, dtype=real_dtype(like.dtype), device=like.device)
-    if not (plain and 0 < rows <= _LOOP_UP_TO):
+    if not ((plain or _torch.plain()) and 0 < rows <= _LOOP_UP_TO):
         return torch.vmap(lambda e: pull(e.expand(*batch, rows)))(basis).movedim(0, -2)
     return torch.stack([pull(e.expand(*batch, rows)) for e in basis], -2)
 

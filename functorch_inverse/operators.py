@@ -111,8 +111,8 @@ class JacobianOperator:
 
     def as_matrix(self) -> Tensor:
         """A of shape (*batch, rows, columns), by one pass of f backward for each row."""
-        plain = _torch.plain() or self.pullback.in_open_graph
-        matrix = jacobian(self._pull, self.batch, self.outputs.size, self.pullback.outputs[0], plain=plain)
+        A = self.pullback
+        matrix = jacobian(self._pull, self.batch, self.outputs.size, A.outputs[0], plain=A.in_open_graph)
         return self._froze(matrix.float() if matrix.dtype in (torch.float16, torch.bfloat16) else matrix)
 
     def rows(self, cotangents: Tensor) -> Tensor:
