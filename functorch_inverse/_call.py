@@ -38,6 +38,13 @@ class Problem:
     probes: ClassVar[bool] = True
     # Whether nothing but x has a derivative.
     x_alone: ClassVar[bool] = False
+    # Whether y depends on all arguments alike, and there is no x.
+    rooted: ClassVar[bool] = False
+
+    @property
+    def returns_more(self) -> bool:
+        """Whether g returns (y, something else)."""
+        return self.has_aux
 
     def refuse_lost(self, given: "Given") -> None:
         """NoDerivativeError where a derivative flows into something that the evidence says nothing about."""
@@ -205,19 +212,21 @@ def _evaluate(problem: Problem, given: Given) -> Values:
     tracing = torch.compiler.is_dynamo_compiling()
     captured = Captured() if tracing else Captured.of((problem.g,))
     part, x = Partition.of(given.x.join(given.x_tensors), is_differentiable)
-    dims = event_dims(problem.event_dim, part, x, problem.caller, "event_dim")
+    event_dim = None if problem.rooted else problem.event_dim
+    dims = event_dims(event_dim, part, x, problem.caller, "event_dim")
     # A leaf without an event dim beside leaves with one is shared by all samples, like a further argument.
-    said = prefix_values(problem.event_dim, part, x, problem.caller, "event_dim")
+    said = prefix_values(event_dim, part, x, problem.caller, "event_dim")
     own = [place for place, dim in zip(part.places, said, strict=True) if dim is not None]
-    default: VmapMethod = "sequential" if problem.event_dim is None else "broadcast"
+    x_places = tuple(k for k, place in enumerate(given.x.places) if place in own or not own)
+    default: VmapMethod = "sequential" if event_dim is None else "broadcast"
     box = BlackBox(
         caller=problem.caller,
         call=lambda tensors: given.call(problem.g, tensors),
         captured=captured,
-        has_aux=problem.has_aux,
+        has_aux=problem.returns_more,
         method=problem.vmap_method or default,
         x_only=problem.vmap_method is None,
-        x_places=tuple(k for k, place in enumerate(given.x.places) if place in own or not own),
+        x_places=tuple(range(len(given.tensors))) if problem.rooted else x_places,
         batch_dims=tuple(t.ndim - d for t, d in zip(x, dims, strict=True)),
         like=None if problem.keeps_dtypes else given.like,
         outcome=Outcome(),

@@ -43,6 +43,10 @@ class Pullback:
         """(df/dtheta)^T times one set of cotangents, for the wanted theta."""
         raise NotImplementedError
 
+    def push(self, tangents: Tensors) -> tuple[Tensor, ...]:
+        """df/dy times one set of tangents, as the transpose of `to_y`."""
+        raise NotImplementedError
+
 
 class _GraphPullback(Pullback):
     """From the graph of one plain evaluation."""
@@ -54,6 +58,16 @@ class _GraphPullback(Pullback):
         with torch.enable_grad():
             self.outputs = _evaluate(f, self.y, leaves)
         _check_leaves(self.outputs, (*self.y, *self.theta))
+        self.transposed: tuple[list[Tensor], tuple[Tensor, ...]] | None = None
+
+    def push(self, tangents: Tensors) -> tuple[Tensor, ...]:
+        if self.transposed is None:
+            zeros = [torch.zeros_like(out, requires_grad=True) for out in self.outputs]
+            with torch.enable_grad():
+                pulled = torch.autograd.grad(self.outputs, self.y, zeros, create_graph=True, materialize_grads=True)
+            self.transposed = zeros, pulled
+        zeros, pulled = self.transposed
+        return torch.autograd.grad(pulled, zeros, tuple(tangents), retain_graph=True, materialize_grads=True)
 
     def to_y(self, cotangents: Tensors) -> tuple[Tensor, ...]:
         return self._grad(self.y, cotangents)
@@ -73,6 +87,13 @@ class _FuncPullback(Pullback):
     def __init__(self, f: Function, y: Tensors, theta: Tensors, wanted: Sequence[int]) -> None:
         self.outputs, self.to_y_ = torch.func.vjp(lambda *y: _evaluate(f, y, _level(theta)), *y)
         self.f, self.y, self.theta, self.wanted = f, y, theta, wanted
+        self.push_: Callable[..., Any] | None = None
+
+    def push(self, tangents: Tensors) -> tuple[Tensor, ...]:
+        if self.push_ is None:
+            _, self.push_ = torch.func.vjp(self.to_y_, tuple(torch.zeros_like(out) for out in self.outputs))
+        (moved,) = self.push_(tuple(tangents))
+        return moved
 
     def to_y(self, cotangents: Tensors) -> tuple[Tensor, ...]:
         return self.to_y_(tuple(cotangents))

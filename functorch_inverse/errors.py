@@ -7,6 +7,7 @@ __all__ = [
     "DerivativeError",
     "FunctorchInverseError",
     "NoDerivativeError",
+    "NotConvergedError",
     "ResidualError",
     "SingularJacobianError",
     "StructureError",
@@ -27,6 +28,10 @@ class SingularJacobianError(FunctorchInverseError, torch.linalg.LinAlgError):  #
 
 class NoDerivativeError(FunctorchInverseError, RuntimeError):
     """A derivative was asked for that nothing is known about, or that would be lost."""
+
+
+class NotConvergedError(FunctorchInverseError, RuntimeError):
+    """An iteration ended before it reached its tolerance; the text names the systems and what they reached."""
 
 
 class BlackBoxError(FunctorchInverseError, RuntimeError):
