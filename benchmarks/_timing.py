@@ -93,14 +93,16 @@ def measure(workload: Workload, effort: Effort) -> Row:
     """Check everyone, then race everyone who finishes."""
     verdicts = {c.name: judge(c, workload.truth, TOLERANCE[workload.dtype]) for c in workload.contenders}
     finishers = [c for c in workload.contenders if verdicts[c.name].status != "fails"]
-    if not finishers or finishers[0] is not workload.contenders[0]:
-        raise RuntimeError(f"{workload.claim}, {workload.name}: the limit failed: {verdicts[workload.contenders[0].name].note}")
+    limit = verdicts[workload.contenders[0].name]
+    if limit.status != "right":
+        what = "failed" if limit.status == "fails" else "is wrong"
+        raise RuntimeError(f"{workload.claim}, {workload.name}: the limit {what}: {limit.note}")
     times = race(finishers, effort)
     for name, pairs in times.items():
-        verdicts[name].value = statistics.median(own / limit for own, limit in pairs)
-    limit = statistics.median(own for own, _ in times[finishers[0].name])
+        verdicts[name].value = statistics.median(own / reference for own, reference in pairs)
+    seconds = statistics.median(own for own, _ in times[finishers[0].name])
     dtype = str(workload.dtype).removeprefix("torch.")
-    return Row(workload.claim, workload.name, dtype, "times the limit", dict(workload.target), verdicts, limit)
+    return Row(workload.claim, workload.name, dtype, "times the limit", dict(workload.target), verdicts, seconds)
 
 
 # --- right or wrong --------------------------------------------------------------------------------

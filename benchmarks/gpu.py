@@ -83,8 +83,12 @@ def rows(effort):
     return [absolute(row) for row in measured(workloads(effort), effort)]
 
 
-if __name__ == "__main__":
+def start():
     if torch.cuda.is_available():
         main(__doc__, rows)
     else:
         print("benchmarks.gpu: this torch finds no CUDA device, so there is nothing to measure here.")
+
+
+if __name__ == "__main__":
+    start()
