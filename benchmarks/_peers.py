@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks._timing import Contender
+from benchmarks._timing import Contender, one_core
 
 RTOL = {torch.float64: 1e-10, torch.float32: 1e-6}
 Inputs = Sequence[Tensor]
@@ -128,6 +128,9 @@ def _jax() -> tuple[Any, Any, Any]:
     import jax
     import lineax
     import optimistix
+
+    with one_core():
+        jax.devices()
 
     jax.config.update("jax_enable_x64", True)
 

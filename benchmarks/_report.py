@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from benchmarks._timing import FULL, LIMIT, OURS, OURS_COMPILED, QUICK, Cell, Effort, Row, Workload, measure, one_thread
+from benchmarks._timing import FULL, LIMIT, OURS, OURS_COMPILED, QUICK, Cell, Effort, Row, Workload, measure
 
 PEERS = ("torchopt", "zuko", "xitorch", "jax", "optimistix")
-SUFFIX = {"times the limit": "", "calls": " calls", "inputs": " inputs", "ms": " ms"}
+SUFFIX = {"times the limit": "", "calls": "", "inputs": " inputs", "ms": " ms"}
 
 # --- table -----------------------------------------------------------------------------------------
 
@@ -50,7 +50,7 @@ def _figure(row: Row, name: str) -> str:
         return ""
     if cell.status == "fails" or cell.value is None:
         return cell.status
-    number = _digits(cell.value) + SUFFIX[row.unit]
+    number = f"{cell.value:.0f}" if row.unit == "calls" else _digits(cell.value) + SUFFIX[row.unit]
     if cell.status == "wrong":
         return f"wrong ({number})"
     return f"**{number}**" if row.met(name) is False else number
@@ -74,8 +74,8 @@ def _limit(row: Row) -> str:
 def document(rows: Sequence[Row], effort: str) -> str:
     """The table with what a reader must know about it."""
     legend = (
-        "Times are multiples of the limit, a handwritten autograd.Function with the analytic derivative: the median of the\n"
-        "ratios of neighbouring runs, lower is better. The last column is the limit itself. **Bold**: our target is missed.\n"
+        "Times are multiples of the limit, a handwritten autograd.Function with the analytic derivative: CPU time, the median of\n"
+        "the ratios of neighbouring runs, lower is better. The last column is the limit itself. **Bold**: our target is missed.\n"
         "wrong: the gradient is not the derivative. fails: an error. Empty: not its kind of problem, or not installed."
     )
     notes = [f"* {note}" for note in remarks(rows)]
@@ -88,7 +88,7 @@ def remarks(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         for name, cell in row.cells.items():
             if cell.note:
-                found.setdefault((name, f"{cell.status}: {cell.note[:110]}"), []).append(f"{row.claim}, {row.workload}")
+                found.setdefault((name, f"{cell.status}: {cell.note[:120]}"), []).append(row.claim)
     return [f"{name} {reason} ({'; '.join(dict.fromkeys(where))})" for (name, reason), where in found.items()]
 
 
@@ -192,7 +192,7 @@ def main(description: str | None, rows: Callable[[Effort], list[Row]], argv: Seq
     """The command line of one claim."""
     options = arguments(description).parse_args(argv)
     effort = QUICK if options.quick else FULL
-    one_thread()
+    torch.set_num_threads(1)
     found = rows(effort)
     print(document(found, effort.name))
     if options.json:

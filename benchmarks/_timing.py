@@ -2,11 +2,12 @@
 round.
 """
 
+import contextlib
 import gc
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,7 @@ class Effort:
     rounds: int  # at least
     dtypes: tuple[torch.dtype, ...]
     compiler: str | None = "inductor"
+    clock: Callable[[], float] = time.process_time  # what others do on the machine does not count
 
     @property
     def tiny(self) -> bool:
@@ -144,15 +146,15 @@ def race(contenders: Sequence[Contender], effort: Effort) -> dict[str, list[tupl
 
     A block of calls makes short work measurable. Who has used up the time leaves the race, the limit runs in every round.
     """
-    blocks = {c.name: _block(c) if effort.seconds else 1 for c in contenders}
+    blocks = {c.name: _block(c, effort.clock) if effort.seconds else 1 for c in contenders}
     times: dict[str, list[tuple[float, float]]] = {c.name: [] for c in contenders}
     used = dict.fromkeys(times, 0.0)
     racing, turn = list(contenders), 0
     while racing:
         order = racing[turn % len(racing) :] + racing[: turn % len(racing)]
-        own = {c.name: _clock(c, blocks[c.name]) for c in order}
+        own = {c.name: _clock(c, blocks[c.name], effort.clock) for c in order}
         limit = contenders[0].name
-        reference = own[limit] if limit in own else _clock(contenders[0], blocks[limit])
+        reference = own[limit] if limit in own else _clock(contenders[0], blocks[limit], effort.clock)
         for name, seconds in own.items():
             times[name].append((seconds, reference))
             used[name] += seconds * blocks[name]
@@ -166,23 +168,23 @@ def _has_enough(rounds: int, used: float, effort: Effort) -> bool:
     return too_slow or (used >= effort.seconds and rounds >= effort.rounds)
 
 
-def _block(contender: Contender) -> int:
+def _block(contender: Contender, clock: Callable[[], float]) -> int:
     """How many calls take about two milliseconds."""
     contender.run()
-    return max(1, int(2e-3 / max(_clock(contender, 1), 1e-7)))
+    return max(1, int(2e-3 / max(_clock(contender, 1, clock), 1e-7)))
 
 
-def _clock(contender: Contender, calls: int) -> float:
+def _clock(contender: Contender, calls: int, clock: Callable[[], float]) -> float:
     """Seconds a call, without garbage collection in between."""
     run = contender.run
     if gc.get_count()[0] > 5000:
         gc.collect(0)
     collecting = gc.isenabled()
     gc.disable()
-    start = time.perf_counter()
+    start = clock()
     for _ in range(calls):
         run()
-    seconds = time.perf_counter() - start
+    seconds = clock() - start
     if collecting:
         gc.enable()
     return seconds / calls
@@ -215,8 +217,15 @@ def compiled(function: Callable[..., Any], effort: Effort) -> Callable[..., Any]
     return torch.compile(function, fullgraph=True, dynamic=False, backend=effort.compiler)
 
 
-def one_thread() -> None:
-    """Everything in one thread on one core, whoever starts threads (BLAS, XLA)."""
-    torch.set_num_threads(1)
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+@contextlib.contextmanager
+def one_core() -> Iterator[None]:
+    """For XLA, which makes as many threads as there are cores when it starts."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)

@@ -15,7 +15,7 @@ import torch
 import functorch_inverse as fi
 from benchmarks import _vectors, elementwise
 from benchmarks._report import main
-from benchmarks._timing import AFTERNOON, LIMIT, OURS, TOLERANCE, Cell, Contender, Row, judge, one_thread, there_and_back
+from benchmarks._timing import AFTERNOON, LIMIT, OURS, TOLERANCE, Cell, Contender, Row, judge, there_and_back
 
 CODE = "import sys; from benchmarks.memory import report; report(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))"
 SIZES = {"numbers": (10**7, 0), "vectors, n = 16": (2**16, 16), "vectors, n = 64": (2**13, 64)}
@@ -42,7 +42,7 @@ def grown(name, b, n):
 
 
 def report(name, b, n):
-    one_thread()
+    torch.set_num_threads(1)
     size, cell = grown(name, b, n)
     print(json.dumps([size, cell.status, cell.note]))
 
