@@ -74,9 +74,10 @@ def _limit(row: Row) -> str:
 def document(rows: Sequence[Row], effort: str) -> str:
     """The table with what a reader must know about it."""
     legend = (
-        "Times are multiples of the limit, a handwritten autograd.Function with the analytic derivative: CPU time, the median of\n"
-        "the ratios of neighbouring runs, lower is better. The last column is the limit itself. **Bold**: our target is missed.\n"
-        "wrong: the gradient is not the derivative. fails: an error. Empty: not its kind of problem, or not installed."
+        "Times are CPU times, as multiples of the limit, a handwritten autograd.Function with the analytic derivative: the\n"
+        "median of the ratios of neighbouring runs, lower is better. The last column is the limit itself. **Bold**: our\n"
+        "target is missed. wrong: the gradient is not the derivative. fails: an error. Empty: not its kind of problem, or\n"
+        "not installed."
     )
     notes = [f"* {note}" for note in remarks(rows)]
     return "\n\n".join([f"Measured {conditions(effort)}.", legend, markdown(rows), *(["\n".join(notes)] if notes else [])])
