@@ -23,6 +23,7 @@ CLAIMS = (
     "tiny_call",
     "calls_of_g",
     "memory",
+    "right",
 )
 HERE = Path(__file__).parent
 

@@ -17,7 +17,7 @@ import torch
 from benchmarks._timing import FULL, LIMIT, OURS, OURS_COMPILED, QUICK, Cell, Effort, Row, Workload, measure
 
 PEERS = ("torchopt", "zuko", "xitorch", "jax", "optimistix")
-SUFFIX = {"times the limit": "", "calls": "", "inputs": " inputs", "ms": " ms"}
+SUFFIX = {"times the limit": "", "calls": "", "inputs": " inputs", "ms": " ms", "verdict": ""}
 
 # --- table -----------------------------------------------------------------------------------------
 

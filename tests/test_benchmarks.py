@@ -156,7 +156,8 @@ def test_claims(claim):
         wanted = {name for name, cell in row.cells.items() if name in (LIMIT, OURS)}
         assert wanted, row
         assert {name: row.cells[name] for name in wanted if row.cells[name].status != "right"} == {}
-        assert all(cell.value is not None for cell in row.cells.values() if cell.status != "fails")
+        numbers = [cell.value for cell in row.cells.values() if cell.status != "fails" and row.unit != "verdict"]
+        assert None not in numbers
     assert _report.markdown(rows)
 
 
