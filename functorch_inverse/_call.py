@@ -174,27 +174,24 @@ class Values:
 
     y: Partition
     tensors: tuple[Tensor, ...]
+    differentiable: tuple[bool, ...]
     aux: tuple[Tree, ...]
     traced: tuple[Tensor, ...] = ()
 
     @property
     def constants(self) -> tuple[Tensor, ...]:
         """The leaves of y without derivative."""
-        return tuple(t for t in self.tensors if not is_differentiable(t))
+        return tuple([t for t, flag in zip(self.tensors, self.differentiable, strict=True) if not flag])
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
         """The leaves of y with derivative."""
-        return tuple(t for t in self.tensors if is_differentiable(t))
+        return tuple([t for t, flag in zip(self.tensors, self.differentiable, strict=True) if flag])
 
     @property
     def differentiable_part(self) -> Partition:
         """The structure of y, with the leaves that have a derivative as its chosen ones."""
         return Partition.of(self.y.join(self.tensors), is_differentiable)[0]
-
-    @property
-    def differentiable(self) -> tuple[bool, ...]:
-        return tuple(is_differentiable(t) for t in self.tensors)
 
     def result(self, leaves: Tensors | None = None) -> Tree:
         """What the caller gets: y, or (y, aux)."""
@@ -241,5 +238,6 @@ def _unpack(box: BlackBox, outputs: Tensors) -> Values:
     y, aux = box.outcome.y, box.outcome.aux
     assert y is not None
     n = len(y.places)
+    tensors = tuple(outputs[:n])
     extra = () if aux is None else (aux.join(outputs[n:]),)
-    return Values(y, tuple(outputs[:n]), extra, box.outcome.traced)
+    return Values(y, tensors, tuple(map(is_differentiable, tensors)), extra, box.outcome.traced)

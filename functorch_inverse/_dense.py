@@ -56,7 +56,8 @@ def factorised(kind: Factorisation, matrix: Tensor) -> Matrix:
     """The factors of a matrix, shared by everything that is computed with it."""
     if torch.compiler.is_dynamo_compiling():
         return _Inverse(matrix)
-    return _Factors(kind, matrix, _Factorise.apply(matrix.detach(), kind))
+    factors = kind.factor(matrix) if _torch.plain() else _Factorise.apply(matrix.detach(), kind)
+    return _Factors(kind, matrix, factors)
 
 
 class _Factors(NamedTuple):
@@ -89,6 +90,8 @@ class _Factorise(Function):
 
 
 def _solve(kind: Factorisation, transpose: bool, b: Tensor, matrix: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
+    if _torch.plain():
+        return kind.apply(factors, b, transpose)
     return _Solve.apply(kind, transpose, b, matrix, *factors)
 
 

@@ -35,5 +35,6 @@ class Evidence:
         n = len(self.args.places)
         m = len(theta) - self.captured.count
         everything = self.y.join(merge(self.differentiable, y, theta[n:m]))
+        self.captured.verify()
         with self.captured.running(theta[m:], (*y, *theta)):
             return self.pick(self.f(everything, *self.args.join(theta[:n])))

@@ -26,7 +26,7 @@ from functorch_inverse._call import Given, Problem, Values, live
 from functorch_inverse._capture import Captured
 from functorch_inverse._pullback import Function, Tensors
 from functorch_inverse._quadrature import gauss_legendre
-from functorch_inverse._rules import Optional, move, poisoned, widen
+from functorch_inverse._rules import Optional, Pull, move, poisoned, widen
 from functorch_inverse._tree import Partition, Tree, event_dims, flatten, is_differentiable
 from functorch_inverse._vectors import Layout, batch_shape, lead
 from functorch_inverse.errors import NoDerivativeError, StructureError
@@ -52,11 +52,15 @@ class JacobianRule:
         push, pull = (vmapped(f, 0, theta_is_batched, randomness) for f in (self.push, self.pull))
         return replace(self, push=push, pull=pull)
 
-    def vjp(self, y: Tensors, theta: Tensors, x: Layout, v: Optional, wanted: Sequence[int]) -> tuple[Tensors, Optional]:
+    def vjp(self, y: Tensors, theta: Tensors, x: Layout, wanted: Sequence[int]) -> Pull:
         """J^T v; theta receives nothing, since x stands for itself."""
-        with _torch.full_precision(y[0]):
-            full = [torch.zeros_like(t) if c is None else c for c, t in zip(v, y, strict=True)]
-            return self.pull(widen(full), widen(theta)), [None] * len(wanted)
+
+        def pull(v: Optional) -> tuple[Tensors, Optional]:
+            with _torch.full_precision(y[0]):
+                full = [torch.zeros_like(t) if c is None else c for c, t in zip(v, y, strict=True)]
+                return self.pull(widen(full), widen(theta)), [None] * len(wanted)
+
+        return pull
 
     def jvp(self, y: Tensors, theta: Tensors, dx: Tensors, dtheta: Optional) -> tuple[Tensor, ...]:
         """J dx."""
@@ -201,6 +205,7 @@ class _Matrix:
 
     def _evaluate(self, theta: Tensors) -> Any:
         n, m = len(self.x.places), len(theta) - self.captured.count
+        self.captured.verify()
         with self.captured.running(theta[m:]):
             return self.problem.evidence(self.x.join(theta[:n]), *self.args.join(theta[n:m]))
 

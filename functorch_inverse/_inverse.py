@@ -1,6 +1,6 @@
 """The evidence is an inverse: f(g(x, *args), *args) = x."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from functorch_inverse.errors import StructureError
 from functorch_inverse.linear_solvers import LinearSolver
 from functorch_inverse.operators import Equation
 
-__all__ = ["InverseProblem"]
+__all__ = ["InverseProblem", "Pick", "target_of"]
 
 Tensors = Sequence[Tensor]
 
@@ -28,6 +28,7 @@ Tensors = Sequence[Tensor]
 class InverseProblem(Problem):
     """g with its inverse f as evidence."""
 
+    evidence: Callable[..., Any]
     linear_solver: LinearSolver
 
     def probe(self, given: Given, values: Values) -> Any:
@@ -44,7 +45,7 @@ class InverseProblem(Problem):
             _check_sizes(self.caller, Layout.of(x, x_dims), Layout.of(y, y_dims))
         x = tuple(lead(self.caller, t, d, batch) for t, d in zip(x, x_dims, strict=True))
         theta = (*given.arg_tensors, *values.constants, *captured.tensors)
-        pick = _Pick(self.caller, target)
+        pick = Pick(self.caller, target)
         evidence = Evidence(self.evidence, values.y, values.differentiable, given.args, captured, pick)
         if self.check:
             got = evidence([t.detach() for t in y], [t.detach() for t in theta])
@@ -53,7 +54,7 @@ class InverseProblem(Problem):
 
 
 @dataclass(frozen=True, eq=False)
-class _Pick:
+class Pick:
     """The leaves of what f returned that belong to x."""
 
     caller: str
@@ -75,8 +76,11 @@ def _check_tensors(caller: str, leaves: Sequence[Any]) -> None:
 
 
 def _target(given: Given) -> tuple[Partition, tuple[Tensor, ...]]:
+    return target_of(given.x.join(given.x_tensors))
+
+
+def target_of(tree: Tree) -> tuple[Partition, tuple[Tensor, ...]]:
     """The leaves of x that f must give back: the floating ones, or all numbers where none is."""
-    tree = given.x.join(given.x_tensors)
     target, x = Partition.of(tree, is_differentiable)
     if x:
         return target, x
@@ -95,8 +99,10 @@ def _y_dims(problem: InverseProblem, given: Given, values: Values) -> tuple[int,
 
 def _check_integers(caller: str, given: Given, values: Values) -> None:
     """An integer leaf of y must be one that x passes through."""
+    if all(values.differentiable):
+        return
     integers = {p: t for p, t in zip(values.y.places, values.tensors, strict=True) if not is_differentiable(t)}
-    if not integers or (values.y.spec == given.x.spec and not integers.keys() & set(_target(given)[0].places)):
+    if values.y.spec == given.x.spec and not integers.keys() & set(_target(given)[0].places):
         return
     arrived = ", ".join(f"{t.dtype} of shape {tuple(t.shape)}" for t in integers.values())
     raise StructureError(
@@ -106,7 +112,7 @@ def _check_integers(caller: str, given: Given, values: Values) -> None:
 
 
 def _check_sizes(caller: str, x: Layout, y: Layout) -> None:
-    if x.size == y.size:
+    if (x.shapes, x.dtypes) == (y.shapes, y.dtypes) or x.size == y.size:
         return
     more = (
         "More outputs than inputs: f(g(x)) = x does not determine the derivative of g"

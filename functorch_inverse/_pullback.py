@@ -8,7 +8,7 @@ then, is missing for some special functions, and cannot run inside a plain dual 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,12 +28,18 @@ class Pullback:
     """The transposed derivative of f(y, theta), in y and in chosen parts of theta."""
 
     outputs: tuple[Tensor, ...]
+    # A transform opened in a forward pass would fail under saved-tensor hooks.
+    in_open_graph: ClassVar[bool] = False
 
     @staticmethod
     def of(f: Function, y: Tensors, theta: Tensors, wanted: Sequence[int]) -> "Pullback":
         """Evaluate f at a point; `wanted` are the positions of theta to differentiate."""
-        plain = not (_torch.transforms_active() or torch.is_grad_enabled())
-        return _GraphPullback(f, y, theta, wanted) if plain else _FuncPullback(f, y, theta, wanted)
+        return (_GraphPullback if _torch.plain() else _FuncPullback)(f, y, theta, wanted)
+
+    @staticmethod
+    def open(f: Function, y: Tensors) -> "Pullback":
+        """Evaluate f in the open graph, so that everything it reads is differentiated as anywhere else."""
+        return _FuncPullback(f, y, (), ()) if _torch.transforms_active() else _OpenPullback(f, y)
 
     def to_y(self, cotangents: Tensors) -> tuple[Tensor, ...]:
         """(df/dy)^T times one set of cotangents."""
@@ -78,7 +84,27 @@ class _GraphPullback(Pullback):
     def _grad(self, inputs: list[Tensor], cotangents: Tensors) -> tuple[Tensor, ...]:
         pairs = [(o, c) for o, c in zip(self.outputs, cotangents, strict=True) if o.requires_grad]
         outputs, grads = zip(*pairs, strict=True)
-        return torch.autograd.grad(outputs, inputs, grads, retain_graph=True, materialize_grads=True)
+        return _torch.graph_grad(outputs, inputs, grads)
+
+
+class _OpenPullback(_GraphPullback):
+    """From the graph that is being built: what is computed is itself differentiable, by plain autograd, to all that f reads."""
+
+    in_open_graph: ClassVar[bool] = True
+
+    def __init__(self, f: Function, y: Tensors) -> None:
+        # A node of its own, so that what else f reads may depend on y too.
+        self.theta, self.transposed = [], None
+        with torch.inference_mode(False), torch.enable_grad():
+            y = [t.clone() if t.is_inference() else t for t in y]
+            self.y = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in y]
+            self.outputs = _evaluate(f, self.y, ())
+
+    def _grad(self, inputs: list[Tensor], cotangents: Tensors) -> tuple[Tensor, ...]:
+        with torch.inference_mode(False), torch.enable_grad():
+            cotangents = tuple(c.clone() if c.is_inference() else c for c in cotangents)
+            grads = torch.autograd.grad(self.outputs, inputs, cotangents, create_graph=True, materialize_grads=True)
+        return grads if torch.is_grad_enabled() else tuple(t.detach() for t in grads)
 
 
 class _FuncPullback(Pullback):
@@ -164,14 +190,15 @@ def _check_leaves(outputs: Tensors, known: Tensors) -> None:
         seen.update(n for n, _ in node.next_functions)
 
 
-def jacobian(pull: Callable[[Tensor], Tensor], batch: Sequence[int], rows: int, like: Tensor) -> Tensor:
+def jacobian(pull: Callable[[Tensor], Tensor], batch: Sequence[int], rows: int, like: Tensor, *, plain: bool = False) -> Tensor:
     """All rows of a per-sample Jacobian, (*batch, rows, columns).
 
     `pull` takes cotangents of shape (*batch, rows) to (*batch, columns). Each row is one unit cotangent
-    expanded over all samples at once: f is evaluated for the whole batch, never per sample.
+    expanded over all samples at once: f is evaluated for the whole batch, never per sample. `plain`: although a
+    graph is being built, no transform has to look at it.
     """
     basis = torch.eye(rows, dtype=real_dtype(like.dtype), device=like.device)
-    if _torch.transforms_active() or torch.is_grad_enabled() or not 0 < rows <= _LOOP_UP_TO:
+    if not ((plain or _torch.plain()) and 0 < rows <= _LOOP_UP_TO):
         return torch.vmap(lambda e: pull(e.expand(*batch, rows)))(basis).movedim(0, -2)
     return torch.stack([pull(e.expand(*batch, rows)) for e in basis], -2)
 

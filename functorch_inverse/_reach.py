@@ -75,34 +75,38 @@ class _Walk:
 
     def inside(self, found: Any) -> Iterable[Any]:
         """What an object refers to."""
+        if isinstance(found, types.FunctionType):
+            return self._function(found)
+        if isinstance(found, types.BuiltinFunctionType):
+            return [found.__self__]
+        if isinstance(found, types.ModuleType):
+            return self._namespace(found)
         if isinstance(found, Tensor):
             self.reach.tensors.append(found)
             return list(vars(found).values())
         if isinstance(found, nn.Module):
             self.reach.modules.append(found)
             return list(_parts_of(found))
-        if isinstance(found, types.FunctionType):
-            return list(self._function(found))
-        if isinstance(found, types.ModuleType):
-            return self._namespace(found)
         if isinstance(found, type):
-            return list(_class(found))
+            return () if _library_class(found) else list(_class(found))
         return self._object(found)
 
-    def _function(self, fn: types.FunctionType) -> Iterator[Any]:
-        yield from (_content(cell) for cell in fn.__closure__ or ())
-        yield from (fn.__defaults__, fn.__kwdefaults__, fn.__dict__)
-        if _in_library(fn.__globals__.get("__name__")):
-            return
+    def _function(self, fn: types.FunctionType) -> list[Any]:
+        parts = [_content(cell) for cell in fn.__closure__ or ()]
+        parts += [part for part in (fn.__defaults__, fn.__kwdefaults__, fn.__dict__) if part]
+        space, modules = fn.__globals__, sys.modules
+        if _in_library(space.get("__name__")):
+            return parts
         names = _names(fn.__code__)
-        if names & _DYNAMIC:
+        if not names.isdisjoint(_DYNAMIC):
             self.reach.complete = False
-        yield from (fn.__globals__[name] for name in names if name in fn.__globals__)
-        yield from (sys.modules[name] for name in names if name in sys.modules)
-        new = names - self.names
-        self.names |= new
-        for space in self.spaces:
-            yield from self._attributes(space, new)
+        parts += [space[name] for name in names if name in space]
+        parts += [modules[name] for name in names if name in modules]
+        if not names <= self.names:
+            new = names - self.names
+            self.names |= new
+            parts += [part for space in self.spaces for part in self._attributes(space, new)]
+        return parts
 
     def _namespace(self, module: types.ModuleType) -> list[Any]:
         if _in_library(module.__name__):

@@ -13,9 +13,9 @@ Differentiation (2022), section 2.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -29,7 +29,8 @@ from functorch_inverse.operators import Equation, JacobianOperator
 
 __all__ = ["ImplicitRule", "Rule"]
 
-Optional = Sequence[Tensor | None]
+Optional: TypeAlias = Sequence[Tensor | None]
+Pull: TypeAlias = Callable[[Optional], tuple[Tensors, Optional]]
 
 
 class Rule(Protocol):
@@ -47,10 +48,8 @@ class Rule(Protocol):
         """The same rule where y, x and some of theta carry one more leading dim."""
         ...
 
-    def vjp(
-        self, y: Tensors, theta: Tensors, x: Layout, v: Optional, wanted: Sequence[int]
-    ) -> tuple[Tensors, Optional]:
-        """What x, and the wanted theta, receive from the cotangents v of y."""
+    def vjp(self, y: Tensors, theta: Tensors, x: Layout, wanted: Sequence[int]) -> Pull:
+        """The map from cotangents v of y to what x, and the wanted theta, receive."""
         ...
 
     def jvp(self, y: Tensors, theta: Tensors, dx: Tensors, dtheta: Optional) -> tuple[Tensor, ...]:
@@ -78,22 +77,25 @@ class ImplicitRule:
         """The same rule where y, and some of theta, carry one more leading dim."""
         return replace(self, equation=self.equation.batched(theta_is_batched, randomness))
 
-    def vjp(
-        self, y: Tensors, theta: Tensors, x: Layout, v: Optional, wanted: Sequence[int]
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """What x and the wanted theta receive from the cotangents v of y.
+    def vjp(self, y: Tensors, theta: Tensors, x: Layout, wanted: Sequence[int]) -> "Pull":
+        """The map from cotangents v of y to what x and the wanted theta receive.
 
         x's part has the batch shape of y and the layout `x`.
         """
         with _torch.full_precision(y[0]):
-            dtypes = [theta[i].dtype for i in wanted]
             A = self._at(y, theta, x, wanted)
-            v = widen([torch.zeros_like(t) if c is None else c for c, t in zip(v, y, strict=True)])
-            u = self._solve(A, v, transpose=True)
-            if not wanted:
-                return u[: len(x.shapes)], ()
+            return functools.partial(self._pull, A, self._factors(A), len(x.shapes), [theta[i].dtype for i in wanted])
+
+    def _pull(
+        self, A: JacobianOperator, factors: Any, n_x: int, dtypes: Sequence[torch.dtype], v: Optional
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        with _torch.full_precision(A.y[0]):
+            v = widen([torch.zeros_like(t) if c is None else c for c, t in zip(v, A.y, strict=True)])
+            u = self._solve(A, factors, v, transpose=True)
+            if not dtypes:
+                return u[:n_x], ()
             received = A.pullback.to_theta(tuple(-t.to(o.dtype) for t, o in zip(u, A.pullback.outputs, strict=True)))
-            return u[: len(x.shapes)], tuple(t.to(d) for t, d in zip(received, dtypes, strict=True))
+            return u[:n_x], tuple(t.to(d) for t, d in zip(received, dtypes, strict=True))
 
     def jvp(self, y: Tensors, theta: Tensors, dx: Tensors, dtheta: Optional) -> tuple[Tensor, ...]:
         """The tangents of y."""
@@ -104,7 +106,7 @@ class ImplicitRule:
                 along = [None if t is None else widen([t])[0] for t in dtheta]
                 moved = pushforward(self.equation.f, A.y, A.theta, along)
                 rhs = [-m for m in moved] if rhs is None else [r - m for r, m in zip(rhs, moved, strict=True)]
-            dy = self._solve(A, rhs, transpose=False)
+            dy = self._solve(A, self._factors(A), rhs, transpose=False)
             return tuple(d.to(t.dtype) for d, t in zip(dy, y, strict=True))
 
     # With r = f(y, theta) - x, one Newton step y - A^-1 (r - r.detach()) leaves the value of y as it is and
@@ -127,14 +129,14 @@ class ImplicitRule:
             A.frozen = frozen
             outputs = A.pullback.outputs
             residual = [out - t for out, t in zip(outputs, x, strict=True)] if x else list(outputs)
-            step = self._solve(A, [r - r.detach() for r in residual], transpose=False)
+            step = self._solve(A, self._factors(A), [r - r.detach() for r in residual], transpose=False)
             return tuple(move(t, -d.to(t.dtype), residual) for t, d in zip(y, step, strict=True))
 
     def residual_step(self, y: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
         """A^-1 r: how far y is from the root of the residual, to first order."""
         with _torch.full_precision(y[0]):
             A = self._at(y, theta, Layout((), ()))
-            return self._solve(A, A.pullback.outputs, transpose=False)
+            return self._solve(A, self._factors(A), A.pullback.outputs, transpose=False)
 
     def _at(self, y: Tensors, theta: Tensors, x: Layout, wanted: Sequence[int] = ()) -> JacobianOperator:
         """A at a point, in full precision."""
@@ -143,13 +145,18 @@ class ImplicitRule:
             _check_output(self.equation.caller, A.pullback.outputs, A.batch, x)
         return A
 
-    def _solve(self, A: JacobianOperator, b: Tensors, *, transpose: bool) -> tuple[Tensor, ...]:
-        """A^-1 b (as y), or A^-T b (as x)."""
+    def _factors(self, A: JacobianOperator) -> Any:
+        """What serves every solve with A: its factors; where it is elementwise, its numbers."""
         if A.elementwise:
-            return (b[0] / A.derivative(),)
+            return A.derivative()
         _check_shape(self.equation.caller, A, self.linear_solver)
+        return self.linear_solver.factorise(A)
+
+    def _solve(self, A: JacobianOperator, factors: Any, b: Tensors, *, transpose: bool) -> tuple[Tensor, ...]:
+        """A^-1 b (as y), or A^-T b (as x)."""
+        if isinstance(factors, Tensor):
+            return (b[0] / factors,)
         source, target = (A.inputs, A.outputs) if transpose else (A.outputs, A.inputs)
-        factors = self.linear_solver.factorise(A)
         return target.unpack(factors.solve(source.pack(b, A.batch), transpose=transpose))
 
 

@@ -3,7 +3,7 @@
 A new torch that renames one of them breaks here, at import, and says so.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -23,12 +23,21 @@ try:
         _TorchDispatchModeKey,
     )
 
+    # Whether another backward pass through the same graph may come.
+    from torch._C._autograd import _get_current_graph_task_keep_graph as graph_is_kept
+
+    # Saved-tensor hooks belong to the user's graph, not to one that is made and used up inside a forward.
+    from torch._C._autograd import _saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
+
     # The level of torch.func.jvp: nested forward mode is wrong without the mend below.
     from torch._functorch import eager_transforms
     from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
     # Tensors without data, for what the user says of a result.
     from torch._subclasses.fake_tensor import FakeTensorMode
+
+    # A small backward pass without the checks of torch.autograd.grad, which cost as much again.
+    from torch.autograd.graph import _engine_run_backward
 
     # Parameters of a module made explicit, also where the module's own forward is running.
     from torch.nn.utils.stateless import _reparametrize_module
@@ -55,10 +64,15 @@ __all__ = [
     "forward_mode_available",
     "full_precision",
     "function_mode_active",
+    "graph_grad",
+    "graph_is_kept",
     "is_live",
     "is_open",
     "is_wrapped",
     "level",
+    "outside_inference_mode",
+    "own_saved_tensors",
+    "plain",
     "primal",
     "reparametrize",
     "traced_derivatives_possible",
@@ -74,6 +88,11 @@ is_wrapped = _functorch.is_functorch_wrapped_tensor
 def transforms_active() -> bool:
     """Whether any torch.func transform is open."""
     return torch.compiler.is_dynamo_compiling() or _are_functorch_transforms_active()
+
+
+def plain() -> bool:
+    """Whether nobody differentiates or transforms what is computed now."""
+    return not (transforms_active() or torch.is_grad_enabled() or forward_ad._current_level >= 0)
 
 
 def function_mode_active() -> bool:
@@ -109,6 +128,14 @@ def _tracked(tensor: Tensor) -> bool:
     )
 
 
+def graph_grad(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """torch.autograd.grad of a graph that stays, with zeros where an input is not reached."""
+    grads = _engine_run_backward(
+        tuple(outputs), tuple(cotangents), True, False, tuple(inputs), allow_unreachable=True, accumulate_grad=False
+    )
+    return tuple(torch.zeros_like(t) if g is None else g for t, g in zip(inputs, grads, strict=True))
+
+
 def is_live(tensor: Tensor) -> bool:
     """Whether a derivative of any open level flows through a tensor."""
     with DisableTorchFunction():  # a mode would answer for what stands in for the tensor
@@ -138,9 +165,11 @@ def is_open(tensor: Tensor) -> bool:
 
 def can_inspect(tensor: Tensor) -> bool:
     """Whether Python may look at a tensor's values: not wrapped, traced, fake or captured."""
+    if torch.compiler.is_dynamo_compiling():
+        return False
     keys = _TorchDispatchModeKey
     traced = _get_dispatch_mode(keys.PROXY) is not None or _get_dispatch_mode(keys.FAKE) is not None
-    if traced or is_wrapped(tensor) or torch.compiler.is_dynamo_compiling():
+    if traced or is_wrapped(tensor):
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
@@ -194,6 +223,24 @@ def forward_levels() -> int:
     """How many torch.func.jvp levels are open while Dynamo traces."""
     stack = _functorch.get_interpreter_stack() or ()
     return sum(entry.key() == _functorch.TransformType.Jvp for entry in stack)
+
+
+def outside_inference_mode() -> AbstractContextManager[Any]:
+    """What is computed inside can have a graph."""
+    if torch.compiler.is_dynamo_compiling() or not torch.is_inference_mode_enabled():
+        return nullcontext()
+    return torch.inference_mode(False)
+
+
+def own_saved_tensors() -> AbstractContextManager[Any]:
+    """A graph made inside saves plain tensors, whatever hooks (of checkpoint, say) are set."""
+    if torch.compiler.is_dynamo_compiling() or not _saved_tensors_hooks_is_enabled():
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(_same, _same)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def primal(tensor: Tensor | None) -> Tensor | None:

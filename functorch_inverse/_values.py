@@ -17,7 +17,17 @@ from functorch_inverse._tree import Partition, Tree, describe, is_differentiable
 from functorch_inverse._vectors import same_precision
 from functorch_inverse.errors import BlackBoxError, StructureError
 
-__all__ = ["BlackBox", "Loop", "Outcome", "VmapMethod", "check_vmap_method", "from_array", "is_array", "refuse_empty"]
+__all__ = [
+    "BlackBox",
+    "Loop",
+    "Outcome",
+    "VmapMethod",
+    "check_vmap_method",
+    "from_array",
+    "is_array",
+    "progress_bar",
+    "refuse_empty",
+]
 
 VmapMethod: TypeAlias = Literal["sequential", "broadcast", "vmap"]
 
@@ -115,7 +125,7 @@ class BlackBox:
         if torch.compiler.is_dynamo_compiling():
             self.outcome.traced = tuple(leaf for leaf in arrays if is_differentiable(leaf))
         taken = {_address(t) for t in inputs}
-        return part, tuple(self._output(leaf, taken) for leaf in arrays)
+        return part, tuple([self._output(leaf, taken) for leaf in arrays])
 
     def _output(self, leaf: Any, taken: set[int | None]) -> Tensor:
         array = not isinstance(leaf, Tensor)
@@ -201,14 +211,15 @@ def _map(call: Callable[[Any], Any], indices: list[tuple[int, ...]], box: BlackB
     bar: Any = iter
     loop = box.loop or Loop()
     if loop.progress:
-        bar = functools.partial(_progress(box.caller), total=len(indices), desc=box.caller)
+        bar = functools.partial(progress_bar(box.caller), total=len(indices), desc=box.caller)
     if loop.threads is None:
         return list(bar(map(call, indices)))
     with ThreadPoolExecutor(loop.threads) as pool:
         return list(bar(pool.map(call, indices)))
 
 
-def _progress(caller: str) -> Any:
+def progress_bar(caller: str) -> Any:
+    """tqdm, or an error that says how to get it."""
     try:
         from tqdm import tqdm
     except ImportError as error:

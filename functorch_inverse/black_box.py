@@ -36,7 +36,7 @@ class _Unknown:
     def batched(self, theta_is_batched: Sequence[bool], randomness: str) -> "_Unknown":
         return self
 
-    def vjp(self, y: Tensors, theta: Tensors, x: Layout, v: Optional, wanted: Sequence[int]) -> Any:
+    def vjp(self, y: Tensors, theta: Tensors, x: Layout, wanted: Sequence[int]) -> Any:
         self._refuse()
 
     def jvp(self, y: Tensors, theta: Tensors, dx: Tensors, dtheta: Optional) -> Any:

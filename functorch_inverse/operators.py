@@ -83,10 +83,11 @@ class JacobianOperator:
     Vectors are real and packed: (*columns, *batch, n) with any number of column dims in front.
     """
 
-    def __init__(self, equation: Equation, y: Tensors, theta: Tensors, wanted: Sequence[int] = ()) -> None:
+    def __init__(self, equation: Equation, y: Tensors, theta: Tensors, wanted: Sequence[int] | None = ()) -> None:
         self.equation, self.y, self.theta = equation, y, theta
         self.batch = batch_shape(y, equation.y_dims, equation.caller, "y")
-        self.pullback = Pullback.of(equation.f, y, theta, wanted)
+        # None: f reads everything but y by itself, in the open graph.
+        self.pullback = Pullback.open(equation.f, y) if wanted is None else Pullback.of(equation.f, y, theta, wanted)
         outputs = self.pullback.outputs
         self.inputs = Layout.of(y, equation.y_dims)
         self.outputs = Layout.of(outputs, equation.x_dims or _root_dims(equation, outputs, self.batch))
@@ -110,7 +111,9 @@ class JacobianOperator:
 
     def as_matrix(self) -> Tensor:
         """A of shape (*batch, rows, columns), by one pass of f backward for each row."""
-        return self._froze(jacobian(self._pull, self.batch, self.outputs.size, self.pullback.outputs[0]))
+        A = self.pullback
+        matrix = jacobian(self._pull, self.batch, self.outputs.size, A.outputs[0], plain=A.in_open_graph)
+        return self._froze(matrix.float() if matrix.dtype in (torch.float16, torch.bfloat16) else matrix)
 
     def rows(self, cotangents: Tensor) -> Tensor:
         """A^T times cotangents (k, m), each of them in every sample: (k, *batch, n)."""
@@ -132,14 +135,9 @@ class JacobianOperator:
                 f"`{self.equation.caller}`: an iterative linear solver looks at values, which torch.compile cannot. Keep "
                 "this call outside of the compiled region, or use a direct solver such as LU()."
             )
-        if self.plain:
+        if _torch.plain():
             return self._values(solver, b, transpose)
         return _Solve.apply(self.equation, solver, transpose, len(self.y), b, *self.y, *self.theta)
-
-    @property
-    def plain(self) -> bool:
-        """Whether nobody differentiates what is computed from A now."""
-        return not (_torch.transforms_active() or torch.is_grad_enabled())
 
     def _values(self, solver: ValueSolver, b: Tensor, transpose: bool) -> Tensor:
         maps = (self.rmv, self.mv) if transpose else (self.mv, self.rmv)
@@ -184,7 +182,7 @@ def _root_dims(equation: Equation, outputs: Tensors, batch: torch.Size) -> tuple
     for out in outputs:
         if out.shape[: len(batch)] != batch:
             raise StructureError(
-                f"`{equation.caller}`: the residual has a leaf of shape {tuple(out.shape)} where the batch dims of y, "
+                f"`{equation.caller}`: the function has a leaf of shape {tuple(out.shape)} where the batch dims of y, "
                 f"{tuple(batch)}, must come first. It has to treat the samples of a batch independently; check `event_dim`."
             )
     return tuple(out.ndim - len(batch) for out in outputs)

@@ -177,7 +177,6 @@ def test_x_and_theta_share_the_factors(request):
     assert shapes == [(6, N, N)]
 
 
-@pytest.mark.xfail(reason="the fast path of design.md keeps no LU between backward passes yet", strict=True)
 def test_the_next_backward_of_the_same_node_shares_the_factors(request):
     """A Jacobian by a loop over autograd.grad factorises once."""
     h, inputs = box(event_dim=1), live((XS, C))
