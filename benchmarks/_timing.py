@@ -119,7 +119,8 @@ def judge(contender: Contender, truth: Sequence[Any], tolerance: float) -> Cell:
     errors = [error_of(got, want) for got, want in zip(found, truth, strict=True)]
     if all(error <= tolerance for error in errors):
         return Cell(None)
-    return Cell(None, "wrong", "errors " + ", ".join(f"{error:.0e}" for error in errors))
+    told = ("no gradient" if got is None else f"error {error:.0e}" for got, error in zip(found, errors, strict=True))
+    return Cell(None, "wrong", ", ".join(told))
 
 
 def _summary(error: Exception) -> str:

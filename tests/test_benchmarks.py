@@ -77,7 +77,7 @@ def test_a_planted_contender_is_marked_in_the_table():
     }
     text = _report.document([row], "tiny")
     assert "| wrong (" in text and "| fails |" in text
-    assert "half wrong: errors 0e+00, 5e-01 (claim)" in text
+    assert "half wrong: error 0e+00, error 5e-01 (claim)" in text
 
 
 def test_a_limit_that_fails_is_no_limit():
