@@ -114,7 +114,7 @@ class Chandrupatla:
     Example:
         >>> from functorch_inverse import invert
         >>> logit = invert(torch.sigmoid, inverter=Chandrupatla(), event_dim=0)
-        >>> p = torch.tensor([0.1, 0.5, 0.999])
+        >>> p = torch.tensor([0.1, 0.4, 0.999])
         >>> torch.allclose(logit(p), torch.logit(p), rtol=1e-4)
         True
 

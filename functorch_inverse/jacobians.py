@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from functorch_inverse import _torch
+from functorch_inverse._solvers import SolverLike, as_solver
 from functorch_inverse._tree import Partition, Tree, event_dims, flatten, is_differentiable, unflatten
 from functorch_inverse._vectors import batch_shape, real_dtype
 from functorch_inverse.errors import StructureError
-from functorch_inverse.linear_solvers import LU, LogAbsDet
+from functorch_inverse.linear_solvers import LinearSolver
 from functorch_inverse.operators import Equation, JacobianOperator
 
 __all__ = ["batch_jacobian", "log_abs_det_jacobian"]
@@ -76,7 +77,7 @@ def log_abs_det_jacobian(
     y: Tree,
     *args: Any,
     event_dim: Tree = 1,
-    linear_solver: LogAbsDet | None = None,
+    linear_solver: SolverLike = None,
     has_value: bool = False,
 ) -> Any:
     r"""The logarithm of the volume by which f stretches space at y, one number for each sample.
@@ -114,11 +115,7 @@ def log_abs_det_jacobian(
     Flows for Probabilistic Modeling and Inference (2021), section 2.
     """
     caller = "log_abs_det_jacobian"
-    solver = LU() if linear_solver is None else linear_solver
-    if not isinstance(solver, LogAbsDet):
-        raise ValueError(
-            f"`{caller}`: `linear_solver` is {linear_solver!r}; choose LU(), Cholesky(), Triangular() or Banded(lower, upper)."
-        )
+    solver = as_solver(caller, linear_solver)
     partition, leaves = Partition.of(y, is_differentiable)
     dims = event_dims(event_dim, partition, leaves, caller, "event_dim")
     spec: list[Any] = []
@@ -132,9 +129,19 @@ def log_abs_det_jacobian(
     with _torch.full_precision(leaves[0]):
         A = JacobianOperator(Equation(caller, flat, dims, None), leaves, (), None)
         _check_square(caller, A)
-        ladj = A.derivative().abs().log() if A.elementwise else solver.factorise(A).log_abs_det()
+        ladj = A.derivative().abs().log() if A.elementwise else _with_determinant(caller, solver, A).log_abs_det()
     ladj = ladj.to(real_dtype(leaves[0].dtype))
     return (unflatten(spec[0], A.pullback.outputs), ladj) if has_value else ladj
+
+
+def _with_determinant(caller: str, solver: LinearSolver, A: JacobianOperator) -> Any:
+    factors = solver.factorise(A)
+    if not hasattr(factors, "log_abs_det"):
+        raise ValueError(
+            f"`{caller}`: `linear_solver` is {solver!r}, which knows no determinant; choose LU(), Cholesky(), Triangular() or "
+            "Banded(lower, upper)."
+        )
+    return factors
 
 
 def _check_tensors(caller: str, outputs: Sequence[Any]) -> None:

@@ -4,7 +4,7 @@ Direct ones factorise once for many right-hand sides. All are frozen and equal b
 """
 
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from functorch_inverse._singular import named, raise_if_singular, singular, susp
 from functorch_inverse.errors import SingularJacobianError, StructureError
 from functorch_inverse.operators import JacobianOperator
 
-__all__ = ["LU", "Cholesky", "Factors", "LeastSquares", "LinearSolver", "LogAbsDet", "Triangular"]
+__all__ = ["LU", "Cholesky", "Factors", "LeastSquares", "LinearSolver", "Triangular"]
 
 OnSingular = Literal["raise", "nan"]
 
@@ -33,19 +33,6 @@ class LinearSolver(Protocol):
 
     def factorise(self, operator: JacobianOperator) -> Factors:
         """What is prepared once for a Jacobian: `operator.as_matrix()` has the shape (*batch, n, n)."""
-        ...
-
-
-@runtime_checkable
-class LogAbsDet(Protocol):
-    """A solver object that knows determinants too."""
-
-    def factorise(self, operator: JacobianOperator) -> Matrix:
-        """What is prepared once for a Jacobian."""
-        ...
-
-    def log_abs_det(self, factors: tuple[Tensor, ...]) -> Tensor:
-        """log |det A| of shape (*batch)."""
         ...
 
 

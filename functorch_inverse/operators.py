@@ -117,8 +117,10 @@ class JacobianOperator:
 
     def rows(self, cotangents: Tensor) -> Tensor:
         """A^T times cotangents (k, m), each of them in every sample: (k, *batch, n)."""
-        expanded = cotangents.reshape(-1, *(1,) * len(self.batch), cotangents.shape[-1])
-        return self._froze(self.rmv(expanded.expand(-1, *self.batch, -1)))
+        expanded = cotangents.reshape(-1, *(1,) * len(self.batch), cotangents.shape[-1]).expand(-1, *self.batch, -1)
+        if _torch.plain() or self.pullback.in_open_graph:
+            return torch.stack([self._pull(w) for w in expanded])
+        return self._froze(self.rmv(expanded))
 
     def mv(self, v: Tensor) -> Tensor:
         """A v."""
