@@ -113,6 +113,11 @@ def optimistix(
     return [Contender("optimistix, jit", lambda: jax.block_until_ready(run(given, cotangent)))]
 
 
+def gmres(lineax: Any, rtol: float) -> Any:
+    """It compares entry by entry, where the cotangents are of size one."""
+    return lineax.GMRES(rtol=rtol, atol=rtol)
+
+
 def _there_and_back(jax: Any, h: Callable[..., Any], inputs: Any, v: Any) -> Sequence[Any]:
     value, vjp = jax.vjp(h, *inputs)
     return (value, *vjp(v))

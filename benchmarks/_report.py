@@ -17,7 +17,7 @@ import torch
 from benchmarks._timing import FULL, LIMIT, OURS, OURS_COMPILED, QUICK, Cell, Effort, Row, Workload, measure
 
 PEERS = ("torchopt", "zuko", "xitorch", "jax", "optimistix")
-SUFFIX = {"times the limit": "", "calls": "", "inputs": " inputs", "ms": " ms"}
+SUFFIX = {"times the limit": "", "calls": "", "inputs": " inputs", "ms": " ms", "verdict": ""}
 
 # --- table -----------------------------------------------------------------------------------------
 
@@ -80,7 +80,10 @@ def document(rows: Sequence[Row], effort: str) -> str:
         "not installed."
     )
     notes = [f"* {note}" for note in remarks(rows)]
-    return "\n\n".join([f"Measured {conditions(effort)}.", legend, markdown(rows), *(["\n".join(notes)] if notes else [])])
+    verdicts = [row for row in rows if row.unit == "verdict"]
+    figures = [row for row in rows if row.unit != "verdict"]
+    tables = [markdown(group) for group in (figures, verdicts) if group]
+    return "\n\n".join([f"Measured {conditions(effort)}.", legend, *tables, *(["\n".join(notes)] if notes else [])])
 
 
 def remarks(rows: Sequence[Row]) -> list[str]:

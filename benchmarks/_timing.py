@@ -115,11 +115,19 @@ def judge(contender: Contender, truth: Sequence[Any], tolerance: float) -> Cell:
     try:
         found = contender.run()
     except Exception as error:
-        return Cell(None, "fails", f"{type(error).__name__}: {error}".splitlines()[0][:200])
+        return Cell(None, "fails", _summary(error))
     errors = [error_of(got, want) for got, want in zip(found, truth, strict=True)]
     if all(error <= tolerance for error in errors):
         return Cell(None)
-    return Cell(None, "wrong", "errors " + ", ".join(f"{error:.0e}" for error in errors))
+    told = ("no gradient" if got is None else f"error {error:.0e}" for got, error in zip(found, errors, strict=True))
+    return Cell(None, "wrong", ", ".join(told))
+
+
+def _summary(error: Exception) -> str:
+    """One line; JAX hides what happened behind a traceback of its own."""
+    first, *rest = f"{type(error).__name__}: {error}".splitlines()
+    inner = [line.lstrip("_") for line in rest if line.partition(":")[0].endswith("Error")]
+    return (inner[-1] if inner else first)[:200]
 
 
 def error_of(got: Any, want: Any) -> float:

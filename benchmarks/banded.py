@@ -100,10 +100,7 @@ def _in_jax(x, y, v):
         around = xp.pad(y, 1)
         return 3 * y + y**3 + BELOW * around[:-2] + ABOVE * around[2:] - x
 
-    def gmres(lineax, rtol):
-        return lineax.GMRES(rtol=rtol, atol=0.0)
-
-    return _peers.optimistix(residual, lambda x, y: y, (x,), v, constants=(y,), axes=None, solver=gmres)
+    return _peers.optimistix(residual, lambda x, y: y, (x,), v, constants=(y,), axes=None, solver=_peers.gmres)
 
 
 def rows(effort):

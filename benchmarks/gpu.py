@@ -39,8 +39,8 @@ def vectors(b, n, dtype, effort, device="cuda"):
     J, truth = p.jacobian(p.y), p.truth()
 
     def batched_lu():
-        lu, pivots, _ = torch.linalg.lu_factor_ex(J)
-        return p.y, torch.linalg.lu_solve(lu, pivots, p.v.unsqueeze(-1), adjoint=True).squeeze(-1)
+        lu, pivots, _ = torch.linalg.lu_factor_ex(J.mT)
+        return p.y, torch.linalg.lu_solve(lu, pivots, p.v.unsqueeze(-1)).squeeze(-1)
 
     return _workload("vectors", f"{b} x {n}", dtype, both_ways(calls, (p.x,), p.v), truth, ("batched LU", batched_lu))
 

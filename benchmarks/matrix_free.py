@@ -8,7 +8,7 @@ import torch
 from torch.func import vjp
 
 import functorch_inverse as fi
-from benchmarks._peers import RTOL
+from benchmarks._peers import RTOL, gmres
 from benchmarks._report import main, measured
 from benchmarks._timing import AFTERNOON, LIMIT, OURS, Workload, both_ways
 from benchmarks._vectors import Vectors, jax_peers, torch_peers
@@ -64,12 +64,8 @@ def workload(b, n, dtype):
     if hasattr(fi, "GMRES"):
         calls[OURS] = fi.custom_inverse(p.g, p.f, event_dim=1, linear_solver=fi.GMRES())
     calls[AFTERNOON] = lambda x: Series.apply(p.g, p.f, x)
-    contenders = both_ways(calls | torch_peers(p), (p.x,), p.v) + jax_peers(p, solver=_gmres)
+    contenders = both_ways(calls | torch_peers(p), (p.x,), p.v) + jax_peers(p, solver=gmres)
     return Workload("vectors, GMRES", f"{b} x {n}", dtype, contenders, p.truth(), {OURS: 1.5})
-
-
-def _gmres(lineax, rtol):
-    return lineax.GMRES(rtol=rtol, atol=0.0)
 
 
 def rows(effort):

@@ -41,8 +41,8 @@ class Handwritten(torch.autograd.Function):
         slope = 1 - h * h
         J = (W2 * slope.unsqueeze(-2)) @ W1
         J.diagonal(dim1=-2, dim2=-1).add_(1)
-        lu, pivots, _ = torch.linalg.lu_factor_ex(J)
-        u = torch.linalg.lu_solve(lu, pivots, v.unsqueeze(-1), adjoint=True).squeeze(-1)
+        lu, pivots, _ = torch.linalg.lu_factor_ex(J.mT)
+        u = torch.linalg.lu_solve(lu, pivots, v.unsqueeze(-1)).squeeze(-1)
         inner = (u @ W2).mul_(slope)
         return u, None, -(inner.T @ y), -inner.sum(0), -(u.T @ h), -u.sum(0)
 

@@ -117,10 +117,10 @@ def twice(h, x, v):
 def product(p):
     """The limit. J^T s = cos y  =>  J^T ds = -sin(y) dy - dJ^T s with J dy = v."""
     tanh = torch.tanh(p.y @ p.A.T)
-    lu, pivots, _ = torch.linalg.lu_factor_ex(p.jacobian(p.y))
+    lu, pivots, _ = torch.linalg.lu_factor_ex(p.jacobian(p.y).mT)
 
     def solve(b, transpose):
-        return torch.linalg.lu_solve(lu, pivots, b.unsqueeze(-1), adjoint=transpose).squeeze(-1)
+        return torch.linalg.lu_solve(lu, pivots, b.unsqueeze(-1), adjoint=not transpose).squeeze(-1)
 
     s, dy = solve(torch.cos(p.y), True), solve(p.v, False)
     slope = -0.6 * tanh * (1 - tanh * tanh) * (dy @ p.A.T)
