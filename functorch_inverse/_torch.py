@@ -76,6 +76,7 @@ __all__ = [
     "primal",
     "reparametrize",
     "traced_derivatives_possible",
+    "traced_transforms",
     "transforms_active",
     "tree_leaves",
     "tree_map",
@@ -183,6 +184,12 @@ def derivative_order() -> int:
     kinds = (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
     stack = _functorch.get_interpreter_stack() or ()
     return 1 + sum(entry.key() in kinds for entry in stack)
+
+
+@torch._dynamo.assume_constant_result
+def traced_transforms() -> int:
+    """How many torch.func transforms are open while Dynamo traces, vmap included."""
+    return len(_functorch.get_interpreter_stack() or ())
 
 
 def traced_derivatives_possible() -> bool:
