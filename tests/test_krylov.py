@@ -414,7 +414,7 @@ def test_warm_start(solver):
     cold = run(warm, A, b)
     assert (run(warm, A, b).steps == 0).all()
     near = run(warm, A, b + 1e-6 * b.sin())
-    assert (0 < near.steps).all() and (near.steps < cold.steps).all()
+    assert (near.steps > 0).all() and (near.steps < cold.steps).all()
     assert_close([near.value], [exact(A, b + 1e-6 * b.sin())])
     assert (run(warm, A, b, transpose=True).steps > 0).all(), "the transposed solve has a memory of its own"
     assert (run(copy.deepcopy(warm), A, b).steps == cold.steps).all()

@@ -1,0 +1,196 @@
+"""The derivatives of banded solves and determinants, and which banded matrices have no inverse."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from functorch_inverse import _lapack, _torch
+from functorch_inverse._bands import Width, outer, product
+from functorch_inverse._preconditioner import probes
+from functorch_inverse._reduction import reduced_log_abs_det, reduced_solve
+from functorch_inverse._systems import named
+from functorch_inverse.errors import SingularJacobianError
+
+__all__ = ["Factorise", "LogAbsDet", "Solve"]
+
+
+# The factors are three tensors: LAPACK's factors and pivots, or the bands and no pivots; and a taint, which is nan where
+# the sample has no inverse and 0 elsewhere. Such samples are factorised as I, so that nothing of them can reach others.
+class Factorise(Function):
+    """bands -> (factors, pivots, taint), without derivative: the others differentiate with respect to the bands."""
+
+    @staticmethod
+    def forward(bands: Tensor, width: Width, on_singular: str) -> tuple[Tensor, Tensor, Tensor]:
+        visible, bad = _torch.can_inspect(bands), ~bands.isfinite().flatten(-2).all(-1)
+        safe = _without(bands, bad, width) if not visible or bad.any() else bands
+        lu, pivots = _factorised(safe, width)
+        doubtful = ~_dominant(safe, width)
+        if visible and not doubtful.any():
+            return lu, pivots, _taint(bad, bands)
+        singular = doubtful & _singular(safe, lu, pivots, width)
+        if visible and on_singular == "raise":
+            _raise_if_any(singular)
+        if not visible or singular.any():
+            lu, pivots = _factorised(_without(safe, singular, width), width)
+        return lu, pivots, _taint(bad | singular, bands)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], bands: Tensor, width: Width, on_singular: str) -> tuple[Any, Any]:
+        return Factorise.apply(bands.movedim(in_dims[0], 0), width, on_singular), (1, 0, 0)
+
+
+def _factorised(bands: Tensor, width: Width) -> tuple[Tensor, Tensor]:
+    if _lapack.available(bands):
+        return _lapack.factorise(bands, width)
+    return bands.unsqueeze(0).clone(), bands.new_zeros(*bands.shape[:-2], 0, dtype=torch.int32)
+
+
+def _solved(lu: Tensor, pivots: Tensor, b: Tensor, width: Width, transpose: bool) -> Tensor:
+    if pivots.shape[-1]:
+        return _lapack.solve(lu, pivots, b, width, transpose)
+    return reduced_solve(lu[0], width, b, transpose)
+
+
+def _without(bands: Tensor, bad: Tensor, width: Width) -> Tensor:
+    """I in the place of some samples."""
+    unit = torch.zeros_like(bands)
+    unit[..., width.upper, :] = 1
+    return torch.where(bad[..., None, None], unit, bands)
+
+
+def _taint(bad: Tensor, like: Tensor) -> Tensor:
+    return torch.zeros_like(bad, dtype=like.real.dtype).masked_fill(bad, torch.nan)
+
+
+# With A = (I - N) D, D the diagonal, A + E is invertible for all |E| <= c eps |A| where the columns of |N| + c eps |A/D|
+# sum up to less than one. Else: the computed factors belong to such an A + E, so A cannot be told from a singular
+# matrix where c eps | A^-1 |A| | >= 1, and its size is found by solves with |A| w, w the inverse column sizes of A,
+# under two weights. Neither depends on the scaling of the columns.
+def _rounding(width: Width, like: Tensor) -> float:
+    return 4 * width.diagonals * torch.finfo(like.dtype).eps
+
+
+def _dominant(bands: Tensor, width: Width) -> Tensor:
+    """Which samples are certainly not singular, from the size of their diagonals alone."""
+    columns, main = bands.abs().sum(-2), bands[..., width.upper, :].abs()
+    return (columns * (1 + _rounding(width, bands)) < 2 * main).all(-1)
+
+
+def _singular(bands: Tensor, lu: Tensor, pivots: Tensor, width: Width) -> Tensor:
+    """Which samples are singular up to the rounding error of their own factorisation."""
+    sizes = bands.abs().amax(-2)
+    weights = torch.where(sizes > 0, sizes, 1).reciprocal().unsqueeze(-1)
+    b = product(bands.abs(), width, weights, False) * torch.stack(probes(sizes), -1)
+    found = _solved(lu, pivots, b.to(bands.dtype), width, False)
+    return ~(_rounding(width, bands) * (found / weights).abs().flatten(-2).amax(-1) < 1)
+
+
+def _raise_if_any(singular: Tensor) -> None:
+    which = singular.flatten().nonzero().flatten()
+    if which.numel():
+        raise SingularJacobianError(
+            f"the banded matrix is singular in {len(which)} of {singular.numel()} samples (flat indices over all batch dims, "
+            f"vmapped ones outermost: {named(which)}), so A u = b has no single solution there. Likely causes: a row or column "
+            "of zeros, a boundary condition that is missing, bands that are shifted (bands[..., upper + i - j, j] = A[i, j]). "
+            "Pass on_singular='nan' to get nan for these samples and right results for the others."
+        )
+
+
+# A X = b:    A dX = db - dA X       =>  reverse:  gb = A^-H g,   gA = -gb X^H, of which the bands take their part
+# A^T X = b:  A^T dX = db - dA^T X   =>  reverse:  gb = conj(A^-1) g,   gA = -conj(X) gb^T
+class Solve(Function):
+    """X with A X = b (or A^T X = b) from the factors of A; b has the shape (*batch, n, k)."""
+
+    @staticmethod
+    def forward(bands: Tensor, lu: Tensor, pivots: Tensor, taint: Tensor, b: Tensor, width: Width, transpose: bool) -> Tensor:
+        return _solved(lu, pivots, b, width, transpose) + taint[..., None, None]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *factors, _, ctx.width, ctx.transpose = inputs
+        ctx.save_for_backward(*factors, output)
+        ctx.save_for_forward(*factors, output)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
+        if g is None:
+            return (None,) * 7
+        *factors, x = ctx.saved_tensors
+        gb = Solve.apply(*factors, g.conj(), ctx.width, not ctx.transpose).conj()
+        ga = None
+        if ctx.needs_input_grad[0]:
+            ga = -(outer(x.conj(), gb, ctx.width) if ctx.transpose else outer(gb, x.conj(), ctx.width))
+        return ga, None, None, None, gb, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, da: Tensor | None, _lu: None, _p: None, _t: None, db: Tensor | None, *_: None) -> Tensor | None:
+        with _torch.forward_mode_again():
+            *factors, x = [_torch.primal(t) for t in ctx.saved_tensors]
+            assert x is not None
+            da, db = _torch.primal(da), _torch.primal(db)
+            if da is not None:
+                moved = product(da, ctx.width, x, ctx.transpose)
+                db = -moved if db is None else db - moved
+            return None if db is None else Solve.apply(*factors, db, ctx.width, ctx.transpose)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        *factors, b, width, transpose = args
+        if all(d is None for d in in_dims[:4]):
+            columns = b.movedim(in_dims[4], -1)
+            x = Solve.apply(*factors, columns.flatten(-2), width, transpose)
+            return x.unflatten(-1, columns.shape[-2:]), columns.ndim - 1
+        moved = _in_front(info.batch_size, in_dims, (0, 1, 0, 0, 0), (*factors, b))
+        return Solve.apply(*moved, width, transpose), 0
+
+
+# d log|det A| = Re tr(A^-1 dA): the gradient is the in-band part of A^-H, which the adjoint of the cyclic reduction finds
+# in O(n) from the eliminated unknowns, for each sample by itself and to any order.
+class LogAbsDet(Function):
+    """log|det A| from the factors of A, shape (*batch)."""
+
+    @staticmethod
+    def forward(bands: Tensor, lu: Tensor, pivots: Tensor, taint: Tensor, width: Width) -> Tensor:
+        return (_lapack.log_abs_det(lu, width) if pivots.shape[-1] else reduced_log_abs_det(lu[0], width)) + taint
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        bands, _, _, taint, ctx.width = inputs
+        ctx.save_for_backward(bands, taint)
+        ctx.save_for_forward(bands, taint)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        bands, taint = ctx.saved_tensors
+        return g[..., None, None] * _gradient(bands, taint, ctx.width), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, da: Tensor, *_: None) -> Tensor:
+        with _torch.forward_mode_again():
+            bands, taint = [_torch.primal(t) for t in ctx.saved_tensors]
+            da = _torch.primal(da)  # type: ignore[assignment]
+            return (_gradient(bands, taint, ctx.width).conj() * da).real.sum((-2, -1))  # type: ignore[arg-type]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        *factors, width = args
+        return LogAbsDet.apply(*_in_front(info.batch_size, in_dims, (0, 1, 0, 0), factors), width), 0
+
+
+def _gradient(bands: Tensor, taint: Tensor, width: Width) -> Tensor:
+    """The in-band part of A^-H, nan where A has no inverse."""
+    value, pull = torch.func.vjp(lambda t: reduced_log_abs_det(t, width), bands)
+    return pull(torch.ones_like(value))[0] + taint[..., None, None]
+
+
+def _in_front(size: int, dims: tuple[Any, ...], places: tuple[int, ...], tensors: Any) -> list[Tensor]:
+    """The mapped dim of each tensor at its place; tensors without it are expanded."""
+    batch = zip(tensors, dims, places, strict=False)
+    return [t.unsqueeze(p).expand(*t.shape[:p], size, *t.shape[p:]) if d is None else t.movedim(d, p) for t, d, p in batch]
