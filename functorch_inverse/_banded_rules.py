@@ -1,5 +1,6 @@
 """The derivatives of banded solves and determinants, and which banded matrices have no inverse."""
 
+import math
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from functorch_inverse import _lapack, _torch
-from functorch_inverse._bands import Width, outer, product
+from functorch_inverse._bands import Width, outer, product, transposed
 from functorch_inverse._preconditioner import probes
 from functorch_inverse._reduction import reduced_log_abs_det, reduced_solve
 from functorch_inverse._systems import named
@@ -23,13 +24,13 @@ class Factorise(Function):
 
     @staticmethod
     def forward(bands: Tensor, width: Width, on_singular: str) -> tuple[Tensor, Tensor, Tensor]:
-        visible, bad = _torch.can_inspect(bands), ~bands.isfinite().flatten(-2).all(-1)
+        visible, dominant = _torch.can_inspect(bands), _dominant(bands, width)
+        if visible and dominant.all():  # and so finite
+            return *_factorised(bands, width), _taint(~dominant, bands)
+        bad = ~bands.isfinite().flatten(-2).all(-1)
         safe = _without(bands, bad, width) if not visible or bad.any() else bands
         lu, pivots = _factorised(safe, width)
-        doubtful = ~_dominant(safe, width)
-        if visible and not doubtful.any():
-            return lu, pivots, _taint(bad, bands)
-        singular = doubtful & _singular(safe, lu, pivots, width)
+        singular = ~(dominant | bad) & _singular(safe, lu, pivots, width)
         if visible and on_singular == "raise":
             _raise_if_any(singular)
         if not visible or singular.any():
@@ -52,9 +53,16 @@ def _factorised(bands: Tensor, width: Width) -> tuple[Tensor, Tensor]:
 
 
 def _solved(lu: Tensor, pivots: Tensor, b: Tensor, width: Width, transpose: bool) -> Tensor:
+    if _torch.is_legacy_batched(b):
+        return _one_by_one(lu, pivots, b, *width, transpose)
     if pivots.shape[-1]:
         return _lapack.solve(lu, pivots, b, width, transpose)
     return reduced_solve(lu[0], width, b, transpose)
+
+
+@torch.library.custom_op("functorch_inverse::banded_solve", mutates_args=())
+def _one_by_one(lu: Tensor, pivots: Tensor, b: Tensor, lower: int, upper: int, transpose: bool) -> Tensor:
+    return _solved(lu, pivots, b, Width(lower, upper), transpose).contiguous()
 
 
 def _without(bands: Tensor, bad: Tensor, width: Width) -> Tensor:
@@ -70,25 +78,39 @@ def _taint(bad: Tensor, like: Tensor) -> Tensor:
 
 # With A = (I - N) D, D the diagonal, A + E is invertible for all |E| <= c eps |A| where the columns of |N| + c eps |A/D|
 # sum up to less than one. Else: the computed factors belong to such an A + E, so A cannot be told from a singular
-# matrix where c eps | A^-1 |A| | >= 1, and its size is found by solves with |A| w, w the inverse column sizes of A,
-# under two weights. Neither depends on the scaling of the columns.
-def _rounding(width: Width, like: Tensor) -> float:
-    return 4 * width.diagonals * torch.finfo(like.dtype).eps
+# matrix unless c eps | W^-1 A^-1 |A| W | < 1 for some W > 0. The norm is found by solving for |A| w under a pattern, for
+# w the inverse column sizes of A; where it is not small, under another pattern too, and for the inverse column sizes of
+# A with rows of size one: then scaling columns or rows changes nothing. The reduction rounds on each of its levels.
+def _rounding(n: int, width: Width, like: Tensor, levels: bool) -> float:
+    return 4 * width.diagonals * torch.finfo(like.dtype).eps * (math.ceil(math.log2(n + 1)) if levels else 1)
 
 
 def _dominant(bands: Tensor, width: Width) -> Tensor:
     """Which samples are certainly not singular, from the size of their diagonals alone."""
     columns, main = bands.abs().sum(-2), bands[..., width.upper, :].abs()
-    return (columns * (1 + _rounding(width, bands)) < 2 * main).all(-1)
+    return (columns * (1 + _rounding(bands.shape[-1], width, bands, True)) < 2 * main).all(-1)
 
 
 def _singular(bands: Tensor, lu: Tensor, pivots: Tensor, width: Width) -> Tensor:
     """Which samples are singular up to the rounding error of their own factorisation."""
-    sizes = bands.abs().amax(-2)
-    weights = torch.where(sizes > 0, sizes, 1).reciprocal().unsqueeze(-1)
-    b = product(bands.abs(), width, weights, False) * torch.stack(probes(sizes), -1)
-    found = _solved(lu, pivots, b.to(bands.dtype), width, False)
-    return ~(_rounding(width, bands) * (found / weights).abs().flatten(-2).amax(-1) < 1)
+    sizes, patterns = bands.abs(), probes(bands.real[..., 0, :])
+    columns = sizes.amax(-2)
+    clear = _hidden(sizes, columns, patterns[:1], lu, pivots, width) < 1e-4
+    if _torch.can_inspect(bands) and clear.all():
+        return ~clear
+    rows = transposed(sizes, width).amax(-2)
+    weights = torch.where(rows > 0, rows, 1).reciprocal().unsqueeze(-2)
+    equilibrated = (sizes * outer(weights, torch.ones_like(weights), width)).amax(-2)
+    either = [_hidden(sizes, size, patterns, lu, pivots, width) < 1 for size in (columns, equilibrated)]
+    return ~(either[0] | either[1])
+
+
+def _hidden(sizes: Tensor, columns: Tensor, patterns: tuple[Tensor, ...], lu: Tensor, pivots: Tensor, width: Width) -> Tensor:
+    """c eps | W^-1 A^-1 |A| W | for W^-1 = columns."""
+    weights = torch.where(columns > 0, columns, 1).reciprocal().unsqueeze(-2)
+    b = product(sizes, width, weights, False) * torch.stack(patterns, -2)
+    found = (_solved(lu, pivots, b.to(lu.dtype), width, False) / weights).abs().flatten(-2).amax(-1)
+    return _rounding(columns.shape[-1], width, columns, not pivots.shape[-1]) * found
 
 
 def _raise_if_any(singular: Tensor) -> None:
@@ -102,10 +124,11 @@ def _raise_if_any(singular: Tensor) -> None:
         )
 
 
+# Right-hand sides and solutions are rows here, so that all loops run along n. As columns:
 # A X = b:    A dX = db - dA X       =>  reverse:  gb = A^-H g,   gA = -gb X^H, of which the bands take their part
 # A^T X = b:  A^T dX = db - dA^T X   =>  reverse:  gb = conj(A^-1) g,   gA = -conj(X) gb^T
 class Solve(Function):
-    """X with A X = b (or A^T X = b) from the factors of A; b has the shape (*batch, n, k)."""
+    """X with A X = b (or A^T X = b) from the factors of A; b has the shape (*batch, k, n)."""
 
     @staticmethod
     def forward(bands: Tensor, lu: Tensor, pivots: Tensor, taint: Tensor, b: Tensor, width: Width, transpose: bool) -> Tensor:
@@ -144,9 +167,9 @@ class Solve(Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
         *factors, b, width, transpose = args
         if all(d is None for d in in_dims[:4]):
-            columns = b.movedim(in_dims[4], -1)
-            x = Solve.apply(*factors, columns.flatten(-2), width, transpose)
-            return x.unflatten(-1, columns.shape[-2:]), columns.ndim - 1
+            columns = b.movedim(in_dims[4], -2)
+            x = Solve.apply(*factors, columns.flatten(-3, -2), width, transpose)
+            return x.unflatten(-2, columns.shape[-3:-1]), columns.ndim - 2
         moved = _in_front(info.batch_size, in_dims, (0, 1, 0, 0, 0), (*factors, b))
         return Solve.apply(*moved, width, transpose), 0
 

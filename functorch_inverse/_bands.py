@@ -1,6 +1,6 @@
 r"""Banded matrices in compressed form: bands[..., upper + i - j, j] = A[i, j], everything else is zero.
 
-All of it is plain differentiable torch, linear in the bands and in the vectors; x has the shape (*batch, n, k).
+All of it is plain differentiable torch, linear in the bands and in the vectors; x has the shape (*batch, k, n).
 """
 
 from typing import NamedTuple
@@ -37,20 +37,23 @@ def trimmed(bands: Tensor, width: Width) -> tuple[Tensor, Width]:
 
 def inside(bands: Tensor, width: Width) -> Tensor:
     """The bands with zeros at the places that are no entries of A."""
-    n = bands.shape[-1]
-    j = torch.arange(n, device=bands.device)
-    i = j + torch.arange(-width.upper, width.lower + 1, device=bands.device).unsqueeze(-1)
-    return torch.where((i >= 0) & (i < n), bands, 0)
+    return torch.stack([_inside(row, offset) for row, offset in zip(bands.unbind(-2), _offsets(width), strict=True)], -2)
 
 
-def _shifted(x: Tensor, by: int, dim: int) -> Tensor:
+def _inside(row: Tensor, offset: int) -> Tensor:
+    """0 <= i = j + offset < n."""
+    kept = row[..., max(0, -offset) : row.shape[-1] - max(0, offset)]
+    zeros = torch.zeros_like(row[..., : abs(offset)])
+    return torch.cat([zeros, kept] if offset < 0 else [kept, zeros], -1) if offset else row
+
+
+def _shifted(x: Tensor, by: int) -> Tensor:
     """y[i] = x[i + by], zero where that does not exist."""
     if not by:
         return x
-    n = x.shape[dim]
-    kept = x.narrow(dim, max(by, 0), n - abs(by))
-    zeros = torch.zeros_like(x.narrow(dim, 0, abs(by)))
-    return torch.cat([kept, zeros] if by > 0 else [zeros, kept], dim)
+    kept = x[..., max(by, 0) : x.shape[-1] + min(by, 0)]
+    zeros = torch.zeros_like(x[..., : abs(by)])
+    return torch.cat([kept, zeros] if by > 0 else [zeros, kept], -1)
 
 
 def _offsets(width: Width) -> range:
@@ -62,18 +65,18 @@ def product(bands: Tensor, width: Width, x: Tensor, transpose: bool) -> Tensor:
     """A x, or A^T x."""
     total = torch.zeros_like(x)
     for diagonal, offset in zip(bands.unbind(-2), _offsets(width), strict=True):
-        values = diagonal.unsqueeze(-1)
-        total = total + (values * _shifted(x, offset, -2) if transpose else _shifted(values * x, -offset, -2))
+        values = diagonal.unsqueeze(-2)
+        total = total + (values * _shifted(x, offset) if transpose else _shifted(values * x, -offset))
     return total
 
 
 def outer(u: Tensor, v: Tensor, width: Width) -> Tensor:
-    """The bands of u v^T."""
-    return torch.stack([(_shifted(u, offset, -2) * v).sum(-1) for offset in _offsets(width)], -2)
+    """The bands of u^T v, summed over the k rows."""
+    return torch.stack([(_shifted(u, offset) * v).sum(-2) for offset in _offsets(width)], -2)
 
 
 def transposed(bands: Tensor, width: Width) -> Tensor:
     """The bands of A^T, whose width is `width.swapped`."""
     reversed_rows = bands.flip(-2).unbind(-2)
-    moved = [_shifted(row, offset, -1) for row, offset in zip(reversed_rows, _offsets(width.swapped), strict=True)]
+    moved = [_shifted(row, offset) for row, offset in zip(reversed_rows, _offsets(width.swapped), strict=True)]
     return torch.stack(moved, -2)

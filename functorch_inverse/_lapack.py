@@ -61,7 +61,8 @@ def _tridiagonal(bands: Tensor, width: Width) -> tuple[Tensor, Tensor]:
     below, main, above, _ = lu.numpy()
     *results, second, pivots, _ = _routine("gttrf", bands)(below[:-1], main, above[:-1], 1, 1, 1)
     for place, result in zip((below[:-1], main, above[:-1]), results, strict=True):
-        place[...] = result
+        if result.ctypes.data != place.ctypes.data:
+            place[...] = result
     lu[3, :-2] = torch.from_numpy(second)
     return lu.view(4, *batch, n), torch.from_numpy(pivots).view(*batch, n) - 1
 
@@ -75,9 +76,9 @@ def _general(bands: Tensor, width: Width) -> tuple[Tensor, Tensor]:
 
 
 def solve(lu: Tensor, pivots: Tensor, b: Tensor, width: Width, transpose: bool) -> Tensor:
-    """A^-1 b, or A^-T b, for b of shape (*batch, n, k)."""
+    """A^-1 b, or A^-T b, for b of shape (*batch, k, n)."""
     x = _solve(lu, pivots, b, width, transpose)
-    if x.isfinite().all():
+    if x.sum().isfinite() or x.isfinite().all():
         return x
     # Zeros between neighbours do not stop nan and inf: whoever has any is solved alone.
     return x if x.ndim == 2 else _alone(lu, pivots, b, width, transpose, x.contiguous())
@@ -93,7 +94,7 @@ def _alone(lu: Tensor, pivots: Tensor, b: Tensor, width: Width, transpose: bool,
 
 
 def _solve(lu: Tensor, pivots: Tensor, b: Tensor, width: Width, transpose: bool) -> Tensor:
-    columns = b.resolve_conj().movedim(-1, 0).clone(memory_format=torch.contiguous_format).view(b.shape[-1], -1)
+    columns = b.resolve_conj().movedim(-2, 0).clone(memory_format=torch.contiguous_format).view(b.shape[-2], -1)
     right = columns.numpy().T
     rows = torch.arange(pivots.numel(), dtype=torch.int32)
     absolute = (pivots.reshape(-1) + rows).numpy()
@@ -104,7 +105,7 @@ def _solve(lu: Tensor, pivots: Tensor, b: Tensor, width: Width, transpose: bool)
     else:
         factors = (lu.resolve_conj().reshape(-1, lu.shape[-1]).numpy().T, *width, right, absolute)
         x, _ = _routine("gbtrs", b)(*factors, trans=int(transpose), overwrite_b=1)
-    return torch.from_numpy(x.T).view(b.shape[-1], *b.shape[:-1]).movedim(0, -1)
+    return torch.from_numpy(x.T).view(b.shape[-2], *b.shape[:-2], b.shape[-1]).movedim(0, -2)
 
 
 def diagonal(lu: Tensor, width: Width) -> Tensor:

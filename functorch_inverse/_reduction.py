@@ -24,7 +24,7 @@ __all__ = ["reduced_log_abs_det", "reduced_solve"]
 
 
 def reduced_solve(bands: Tensor, width: Width, b: Tensor, transpose: bool) -> Tensor:
-    """u with A u = b, or A^T u = b, for b of shape (*batch, n, k)."""
+    """u with A u = b, or A^T u = b, for b of shape (*batch, k, n)."""
     if transpose:
         bands, width = transposed(bands, width), width.swapped
     m = max(width.lower, width.upper, 1)
@@ -35,17 +35,17 @@ def reduced_solve(bands: Tensor, width: Width, b: Tensor, transpose: bool) -> Te
         solved, equations = _triangularised(_merged(equations, m), 2 * m)
         levels.append(solved)
     solved, _ = _triangularised(equations[:, m : 3 * m].contiguous(), 2 * m, equations[:, 4 * m :])
-    middle = _back_substituted(solved, equations.new_zeros(0, *equations.shape[1:]), b.shape[-1])
+    middle = _back_substituted(solved, equations.new_zeros(0, *equations.shape[1:]), b.shape[-2])
     known = torch.cat([torch.zeros_like(middle[:m]), middle, torch.zeros_like(middle[:m])])
     for solved, count in zip(reversed(levels), reversed(counts), strict=True):
-        known = _children(_back_substituted(solved, known, b.shape[-1]), known, m)[..., :count]
+        known = _children(_back_substituted(solved, known, b.shape[-2]), known, m)[..., :count]
     return _from_leaves(known[m : 3 * m], b)
 
 
 def reduced_log_abs_det(bands: Tensor, width: Width) -> Tensor:
     """log|det A|, shape (*batch): reflections keep it, so it is that of the triangles."""
     m = max(width.lower, width.upper, 1)
-    equations, scale = _leaves(bands, width, m, bands.new_zeros(*bands.shape[:-2], bands.shape[-1], 0))
+    equations, scale = _leaves(bands, width, m, bands.new_zeros(*bands.shape[:-2], 0, bands.shape[-1]))
     total = scale.log().sum((0, -1))
     while equations.shape[-1] > 1:
         solved, equations = _triangularised(_merged(equations, m), 2 * m)
@@ -75,8 +75,8 @@ def _leaves(bands: Tensor, width: Width, m: int, b: Tensor) -> tuple[Tensor, Ten
     below = torch.zeros_like(windows[:, :1]).expand(4 * m, 4 * m, *windows.shape[2:])
     skewed = torch.cat([windows, below], 1).flatten(0, 1)[: 4 * m * (height - 1)].unflatten(0, (4 * m, height - 1))
     entries = skewed[:, width.upper + m : width.upper + 3 * m].transpose(0, 1)
-    sides = torch.cat([b, torch.zeros_like(b[..., :1, :]).expand(*b.shape[:-2], surplus, b.shape[-1])], -2)
-    sides = sides.unflatten(-2, (count, 2 * m)).movedim((-2, -1), (0, 1))
+    sides = torch.cat([b, torch.zeros_like(b[..., :1]).expand(*b.shape[:-1], surplus)], -1)
+    sides = sides.unflatten(-1, (count, 2 * m)).movedim((-1, -3), (0, 1))
     scale = _row_sizes(entries)
     return torch.cat([entries, sides], 1) / scale.unsqueeze(1), scale
 
@@ -147,4 +147,4 @@ def _children(middle: Tensor, known: Tensor, m: int) -> Tensor:
 
 
 def _from_leaves(x: Tensor, like: Tensor) -> Tensor:
-    return x.movedim((0, 1), (-2, -1)).flatten(-3, -2)[..., : like.shape[-2], :]
+    return x.movedim((0, 1), (-1, -3)).flatten(-2)[..., : like.shape[-1]]

@@ -79,8 +79,8 @@ class BandedFactors:
         if not self.bands.numel():
             return b + self.bands.sum()
         if self.parts is None:
-            return reduced_solve(self.bands, self.width, b.unsqueeze(-1), transpose).squeeze(-1)
-        return Solve.apply(self.bands, *self.parts, b.unsqueeze(-1), self.width, transpose).squeeze(-1)
+            return reduced_solve(self.bands, self.width, b.unsqueeze(-2), transpose).squeeze(-2)
+        return Solve.apply(self.bands, *self.parts, b.unsqueeze(-2), self.width, transpose).squeeze(-2)
 
     def log_abs_det(self) -> Tensor:
         r""":math:`\log|\det A|`, shape (\*batch)."""
@@ -97,7 +97,7 @@ def _check(bands: Tensor, lower: int, upper: int, on_singular: str) -> None:
     if lower < 0 or upper < 0 or bands.ndim < 2 or bands.shape[-2] != lower + upper + 1 or not _is_inexact(bands):
         raise StructureError(
             f"`BandedFactors`: the bands have shape {tuple(bands.shape)} and {bands.dtype}; lower={lower} and upper={upper} "
-            "need (*batch, lower + upper + 1, n) in float32, float64 or a complex dtype, bands[..., upper + i - j, j] = A[i, j]."
+            "need (*batch, lower + upper + 1, n) in a wide floating or complex dtype, bands[..., upper + i - j, j] = A[i, j]."
         )
 
 
