@@ -27,7 +27,7 @@ class Factorise(Function):
         visible, dominant = _torch.can_inspect(bands), _dominant(bands, width)
         if visible and dominant.all():  # and so finite
             return *_factorised(bands, width), _taint(~dominant, bands)
-        bad = ~bands.isfinite().flatten(-2).all(-1)
+        bad = _undefined(bands)
         safe = _without(bands, bad, width) if not visible or bad.any() else bands
         lu, pivots = _factorised(safe, width)
         singular = ~(dominant | bad) & _singular(safe, lu, pivots, width)
@@ -65,6 +65,13 @@ def _one_by_one(lu: Tensor, pivots: Tensor, b: Tensor, lower: int, upper: int, t
     return _solved(lu, pivots, b, Width(lower, upper), transpose).contiguous()
 
 
+def _undefined(bands: Tensor) -> Tensor:
+    """Which samples have nan or inf; one sum tells that nobody has."""
+    if _torch.can_inspect(bands) and bands.sum().isfinite():
+        return torch.zeros(bands.shape[:-2], dtype=torch.bool, device=bands.device)
+    return ~bands.isfinite().flatten(-2).all(-1)
+
+
 def _without(bands: Tensor, bad: Tensor, width: Width) -> Tensor:
     """I in the place of some samples."""
     unit = torch.zeros_like(bands)
@@ -87,8 +94,9 @@ def _rounding(n: int, width: Width, like: Tensor, levels: bool) -> float:
 
 def _dominant(bands: Tensor, width: Width) -> Tensor:
     """Which samples are certainly not singular, from the size of their diagonals alone."""
-    columns, main = bands.abs().sum(-2), bands[..., width.upper, :].abs()
-    return (columns * (1 + _rounding(bands.shape[-1], width, bands, True)) < 2 * main).all(-1)
+    sizes = bands.abs()
+    allowed = 2 - _rounding(bands.shape[-1], width, bands, True)
+    return (sizes.sum(-2) < allowed * sizes[..., width.upper, :]).all(-1)
 
 
 def _singular(bands: Tensor, lu: Tensor, pivots: Tensor, width: Width) -> Tensor:
@@ -98,8 +106,7 @@ def _singular(bands: Tensor, lu: Tensor, pivots: Tensor, width: Width) -> Tensor
     clear = _hidden(sizes, columns, patterns[:1], lu, pivots, width) < 1e-4
     if _torch.can_inspect(bands) and clear.all():
         return ~clear
-    rows = transposed(sizes, width).amax(-2)
-    weights = torch.where(rows > 0, rows, 1).reciprocal().unsqueeze(-2)
+    weights = _reciprocal(transposed(sizes, width).amax(-2))
     equilibrated = (sizes * outer(weights, torch.ones_like(weights), width)).amax(-2)
     either = [_hidden(sizes, size, patterns, lu, pivots, width) < 1 for size in (columns, equilibrated)]
     return ~(either[0] | either[1])
@@ -107,10 +114,15 @@ def _singular(bands: Tensor, lu: Tensor, pivots: Tensor, width: Width) -> Tensor
 
 def _hidden(sizes: Tensor, columns: Tensor, patterns: tuple[Tensor, ...], lu: Tensor, pivots: Tensor, width: Width) -> Tensor:
     """c eps | W^-1 A^-1 |A| W | for W^-1 = columns."""
-    weights = torch.where(columns > 0, columns, 1).reciprocal().unsqueeze(-2)
+    weights = _reciprocal(columns)
     b = product(sizes, width, weights, False) * torch.stack(patterns, -2)
     found = (_solved(lu, pivots, b.to(lu.dtype), width, False) / weights).abs().flatten(-2).amax(-1)
     return _rounding(columns.shape[-1], width, columns, not pivots.shape[-1]) * found
+
+
+def _reciprocal(sizes: Tensor) -> Tensor:
+    """Finite, and as one row."""
+    return sizes.clamp(min=4 * torch.finfo(sizes.dtype).tiny).reciprocal().unsqueeze(-2)
 
 
 def _raise_if_any(singular: Tensor) -> None:
