@@ -1,6 +1,7 @@
 """Banded systems: values and derivatives against the dense inverse, both backends, every nesting, singular samples."""
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -469,6 +470,29 @@ def compiled():
 
 def test_compile():
     run_fresh(compiled)
+
+
+@pytest.mark.parametrize("hooks", ["hooks", "checkpoint"])
+def test_under_saved_tensor_hooks(backend, hooks):
+    """torch.func's reverse mode raises there, so no forward may use it."""
+    bands, b = live(systems(2))
+    value = lambda bands, b: total((solve()(bands, b), log_abs_det()(bands)))  # noqa: E731
+    if hooks == "hooks":
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+            out = value(bands, b)
+    else:
+        out = torch.utils.checkpoint.checkpoint(value, bands, b, use_reentrant=False)
+    want = lambda bands, b: total((exact()(bands, b), exact_log_abs_det()(bands)))  # noqa: E731
+    assert_close(torch.autograd.grad(out, (bands, b)), grad(want, (0, 1))(*(t.detach() for t in (bands, b))))
+
+
+def test_reverse_mode_from_many_threads(backend):
+    problems = [systems(3, n=6, seed=i) for i in range(8)]
+    value = lambda f, log: lambda bands, b: total((f()(bands, b), log()(bands)))  # noqa: E731
+    with ThreadPoolExecutor(4) as pool:
+        inputs = [live(p) for p in problems]
+        got = list(pool.map(lambda p: torch.autograd.grad(value(solve, log_abs_det)(*p), p), inputs))
+    assert_close(got, [grad(value(exact, exact_log_abs_det), (0, 1))(*p) for p in problems])
 
 
 def test_make_fx():
