@@ -91,7 +91,7 @@ def exact_log_abs_det(lower=1, upper=1):
 @either
 @every_width
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 33])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 17])
 def test_values(backend, transpose, lower, upper, batch, n):
     bands, b = systems(*batch, n=n, lower=lower, upper=upper)
     assert_close([solve(lower, upper, transpose)(bands, b)], [exact(lower, upper, transpose)(bands, b)])
@@ -119,7 +119,7 @@ def test_nothing_to_solve(backend, shape):
 
 
 @either
-@pytest.mark.parametrize("n", [200, 1001])
+@pytest.mark.parametrize("n", [200, 401])
 def test_zero_pivots_are_no_obstacle(backend, transpose, n):
     """Nothing on the diagonal, where every scheme that does not exchange equations divides by zero."""
     bands, b = systems(2, n=2 * (n // 2))
@@ -184,7 +184,7 @@ def test_places_outside_the_matrix_are_ignored(backend):
 
 
 @either
-@pytest.mark.parametrize("batch", [(), (4,), (2, 3)])
+@pytest.mark.parametrize("batch", [(), (2, 2)])
 @pytest.mark.parametrize("modes", [m for k in (1, 2, 3) for m in itertools.product(MODES, repeat=k)], ids="_".join)
 def test_every_nesting(backend, transpose, batch, modes):
     """Along lines through the bands and b, so that the third order stays small."""
