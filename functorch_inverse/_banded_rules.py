@@ -14,12 +14,18 @@ from functorch_inverse._reduction import reduced_log_abs_det, reduced_solve
 from functorch_inverse._systems import named
 from functorch_inverse.errors import SingularJacobianError
 
-__all__ = ["Factorise", "LogAbsDet", "Solve"]
+__all__ = ["LogAbsDet", "Solve", "factorise"]
 
 
 # The factors are three tensors: LAPACK's factors and pivots, or the bands and no pivots; and a taint, which is nan where
 # the sample has no inverse and 0 elsewhere. Such samples are factorised as I, so that nothing of them can reach others.
-class Factorise(Function):
+def factorise(bands: Tensor, width: Width, on_singular: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(factors, pivots, taint), constants of every transform; without one, apply would only cost time."""
+    call = _Factorise.apply if _torch.transforms_active() else _Factorise.forward
+    return call(bands.detach(), width, on_singular)
+
+
+class _Factorise(Function):
     """bands -> (factors, pivots, taint), without derivative: the others differentiate with respect to the bands."""
 
     @staticmethod
@@ -43,7 +49,7 @@ class Factorise(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], bands: Tensor, width: Width, on_singular: str) -> tuple[Any, Any]:
-        return Factorise.apply(bands.movedim(in_dims[0], 0), width, on_singular), (1, 0, 0)
+        return _Factorise.apply(bands.movedim(in_dims[0], 0), width, on_singular), (1, 0, 0)
 
 
 def _factorised(bands: Tensor, width: Width) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from functorch_inverse._banded_rules import Factorise, LogAbsDet, Solve
+from functorch_inverse._banded_rules import LogAbsDet, Solve, factorise
 from functorch_inverse._bands import Width, inside, trimmed
 from functorch_inverse._reduction import reduced_log_abs_det, reduced_solve
 from functorch_inverse.errors import StructureError
@@ -59,7 +59,7 @@ class BandedFactors:
         bands = inside(bands, width)
         if not bands.numel() or torch.compiler.is_dynamo_compiling():
             return cls(bands, width, None)
-        return cls(bands, width, Factorise.apply(bands.detach(), width, on_singular))
+        return cls(bands, width, factorise(bands, width, on_singular))
 
     def solve(self, b: Tensor, *, transpose: bool = False) -> Tensor:
         r"""u with A u = b, or A^T u = b.
