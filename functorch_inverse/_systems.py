@@ -98,6 +98,12 @@ class Systems:
         self.r = self.b - self.maps.mv(self.u)
         self.residual = norm(self.r)
 
+    def take_back(self, kept: Tensor, which: Tensor) -> None:
+        """What made things worse."""
+        if which.any():
+            self.u = torch.where(which.unsqueeze(-1), kept, self.u)
+            self.verify()
+
     def undefined(self) -> Tensor:
         """Where A, M or b has nan or inf: only these make nan out of zero."""
         nothing = torch.zeros_like(self.b)
@@ -120,9 +126,10 @@ def refine(systems: Systems, step: Round, progress: float) -> None:
     failures, attempt = torch.zeros_like(systems.steps), 0
     active = systems.unsolved()
     while active.any():
-        before = systems.residual
+        before, kept = systems.residual, systems.u.clone()
         systems.hopeless |= step(systems, active, attempt)
         systems.verify()
+        systems.take_back(kept, active & ~(systems.residual <= before))
         failures += active & ~(systems.residual < progress * before)
         active = systems.unsolved() & (failures < 3)
         attempt += 1

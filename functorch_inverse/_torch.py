@@ -66,6 +66,7 @@ __all__ = [
     "function_mode_active",
     "graph_grad",
     "graph_is_kept",
+    "is_legacy_batched",
     "is_live",
     "is_open",
     "is_wrapped",
@@ -84,6 +85,10 @@ __all__ = [
 
 reparametrize = _reparametrize_module
 is_wrapped = _functorch.is_functorch_wrapped_tensor
+
+# The vmap of is_grads_batched and torch.autograd.functional, which does not ask a Function for its rule: its tensors
+# have no values to show, and go one by one through an operator that it does not know.
+is_legacy_batched = _functorch.is_legacy_batchedtensor
 
 
 def transforms_active() -> bool:

@@ -235,6 +235,17 @@ def test_too_few_steps(solver):
 
 
 @every_solver
+def test_what_is_reached_is_not_worse_than_nothing(solver):
+    """Also where the method runs away on its singular matrix."""
+    A, b = Draw(6).normal(30, 4, 4), Draw(7).normal(30, 4)
+    A[..., -1] = 0
+    A = A @ A.mT if solver is CG else A
+    with pytest.warns(RuntimeWarning):
+        got = run(solver(on_failure="warn"), A, b)
+    assert (got.residual <= b.norm(dim=-1) * (1 + 1e-12)).all() and not got.converged.any()
+
+
+@every_solver
 def test_an_answer_within_atol_is_enough(solver):
     A, b = systems(solver, 2)
     got = run(solver(atol=1e3), A, b)
