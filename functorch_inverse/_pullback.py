@@ -7,7 +7,7 @@ Reverse mode throughout: torch's forward mode is not thread-safe, turns float32 
 then, is missing for some special functions, and cannot run inside a plain dual level.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -30,6 +30,11 @@ class Pullback:
     outputs: tuple[Tensor, ...]
     # A transform opened in a forward pass would fail under saved-tensor hooks.
     in_open_graph: ClassVar[bool] = False
+
+    @property
+    def values(self) -> tuple[Tensor, ...]:
+        """The outputs, for those outside."""
+        return self.outputs
 
     @staticmethod
     def of(f: Function, y: Tensors, theta: Tensors, wanted: Sequence[int]) -> "Pullback":
@@ -99,12 +104,18 @@ class _OpenPullback(_GraphPullback):
             y = [t.clone() if t.is_inference() else t for t in y]
             self.y = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in y]
             self.outputs = _evaluate(f, self.y, ())
+        # Where nothing but y itself is tracked, nobody outside waits for a graph.
+        self.closed = not any(t.requires_grad for t in y) and next(_foreign_leaves(self.outputs, self.y), None) is None
 
     def _grad(self, inputs: list[Tensor], cotangents: Tensors) -> tuple[Tensor, ...]:
         with torch.inference_mode(False), torch.enable_grad():
             cotangents = tuple(c.clone() if c.is_inference() else c for c in cotangents)
             grads = torch.autograd.grad(self.outputs, inputs, cotangents, create_graph=True, materialize_grads=True)
-        return grads if torch.is_grad_enabled() else tuple(t.detach() for t in grads)
+        return tuple(t.detach() for t in grads) if self.closed or not torch.is_grad_enabled() else grads
+
+    @property
+    def values(self) -> tuple[Tensor, ...]:
+        return tuple(t.detach() for t in self.outputs) if self.closed or not torch.is_grad_enabled() else self.outputs
 
 
 class _FuncPullback(Pullback):
@@ -176,16 +187,23 @@ def _evaluate(f: Function, y: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
 
 def _check_leaves(outputs: Tensors, known: Tensors) -> None:
     """NoDerivativeError where the graph ends in a tensor that nobody differentiates."""
+    foreign = next(_foreign_leaves(outputs, known), None)
+    if foreign is not None:
+        raise NoDerivativeError(
+            f"f read a live tensor of shape {tuple(foreign.shape)} that nobody could see when g was called, so its "
+            "derivative would be lost. Hand it over as an argument: g(x, tensor) with f(y, tensor)."
+        )
+
+
+def _foreign_leaves(outputs: Tensors, known: Tensors) -> Iterator[Tensor]:
+    """The leaves of a graph that are not known."""
     expected: set[int] = {id(t) for t in known}
     seen: set[Any] = set()
     queue = [out.grad_fn for out in outputs if out.grad_fn is not None]
     for node in queue:  # grows while it is walked
         variable = getattr(node, "variable", None)
         if variable is not None and id(variable) not in expected:
-            raise NoDerivativeError(
-                f"f read a live tensor of shape {tuple(variable.shape)} that nobody could see when g was called, so its "
-                "derivative would be lost. Hand it over as an argument: g(x, tensor) with f(y, tensor)."
-            )
+            yield variable
         queue.extend(n for n, _ in node.next_functions if n is not None and n not in seen)
         seen.update(n for n, _ in node.next_functions)
 

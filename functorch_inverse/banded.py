@@ -5,17 +5,67 @@ LAPACK's, everywhere else the system is solved by orthogonal cyclic reduction, l
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from functorch_inverse._banded_rules import LogAbsDet, Solve, factorise
 from functorch_inverse._bands import Width, inside, trimmed
+from functorch_inverse._coloured import bands_of
 from functorch_inverse._reduction import reduced_log_abs_det, reduced_solve
 from functorch_inverse.errors import StructureError
+from functorch_inverse.operators import JacobianOperator
 
-__all__ = ["BandedFactors"]
+__all__ = ["Banded", "BandedFactors"]
+
+OnSingular: TypeAlias = Literal["raise", "nan"]
+
+
+@dataclass(frozen=True)
+class Banded:
+    r"""For a banded A: :math:`A_{ij} = 0` unless :math:`-upper \le i - j \le lower`, in O(n) memory.
+
+    The bands come from lower + upper + 1 passes of f backward, whatever n is, and one more pass checks that there is
+    nothing outside of them. They are factorised by LAPACK's banded routines on a CPU with SciPy, by orthogonal cyclic
+    reduction, log2(n) steps of torch, otherwise.
+
+    Args:
+        lower, upper: how many diagonals stand below and above the main one. `Banded(0, 0)`: f is elementwise.
+        on_singular: as for `LU`.
+
+    Raises:
+        StructureError: A has something outside of its bands.
+        SingularJacobianError: A is singular up to rounding; names the samples.
+
+    Example:
+        >>> from functorch_inverse import custom_inverse
+        >>> f = lambda y: 2 * y - torch.nn.functional.pad(y, (1, 0))[..., :-1].sin()
+        >>> g = custom_inverse(lambda x: x * 0, f, event_dim=1, linear_solver=Banded(lower=1, upper=0))
+        >>> torch.func.jacrev(g)(torch.zeros(3))
+        tensor([[0.5000, 0.0000, 0.0000],
+                [0.2500, 0.5000, 0.0000],
+                [0.1250, 0.2500, 0.5000]])
+
+    Source: Curtis, Powell and Reid, On the Estimation of Sparse Jacobian Matrices (1974); Golub and Van Loan, Matrix
+    Computations, 4th edition, section 4.3.
+    """
+
+    lower: int
+    upper: int
+    on_singular: OnSingular = "raise"
+
+    def __post_init__(self) -> None:
+        if self.on_singular not in ("raise", "nan"):
+            raise ValueError(f"`Banded`: `on_singular` is {self.on_singular!r}; choose 'raise' or 'nan'.")
+        if min(self.lower, self.upper) < 0:
+            raise ValueError(f"`Banded`: lower={self.lower}, upper={self.upper}; counts of diagonals are 0, 1, 2, ...")
+
+    def factorise(self, operator: JacobianOperator) -> "BandedFactors":
+        """The factors of all samples, shared by all solves with them."""
+        last = max(operator.shape[1] - 1, 0)
+        width = Width(min(self.lower, last), min(self.upper, last))
+        return BandedFactors.of(bands_of(operator, width), *width, self.on_singular)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +90,7 @@ class BandedFactors:
     parts: tuple[Tensor, Tensor, Tensor] | None
 
     @classmethod
-    def of(cls, bands: Tensor, lower: int, upper: int, on_singular: Literal["raise", "nan"] = "raise") -> "BandedFactors":
+    def of(cls, bands: Tensor, lower: int, upper: int, on_singular: OnSingular = "raise") -> "BandedFactors":
         r"""The factors of A, shared by all solves with it.
 
         Args:
