@@ -98,6 +98,13 @@ class Systems:
         self.r = self.b - self.maps.mv(self.u)
         self.residual = norm(self.r)
 
+    def at_rounding(self) -> Tensor:
+        """Where the residual is that of rounding A u, so that a direct solver would leave as much."""
+        probe = torch.cos(torch.arange(self.b.shape[-1], dtype=self.residual.dtype, device=self.b.device)).to(self.b.dtype)
+        size = norm(self.maps.mv(probe.expand_as(self.b))) / norm(probe)
+        floor = 8 * torch.finfo(self.residual.dtype).eps * size * norm(self.u)
+        return self.residual <= torch.minimum(floor, 1e-3 * norm(self.b))
+
     def take_back(self, kept: Tensor, which: Tensor) -> None:
         """What made things worse."""
         if which.any():
