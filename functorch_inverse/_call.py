@@ -201,6 +201,8 @@ class Values:
 
 def merge(first: Sequence[bool], yes: Tensors, no: Tensors) -> list[Tensor]:
     """Two sequences put back into one order."""
+    if not no:
+        return list(yes)
     ones, others = iter(yes), iter(no)
     return [next(ones) if flag else next(others) for flag in first]
 

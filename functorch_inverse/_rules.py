@@ -135,7 +135,7 @@ class ImplicitRule:
     def residual_step(self, y: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
         """A^-1 r: how far y is from the root of the residual, to first order."""
         with _torch.full_precision(y[0]):
-            A = self._at(y, theta, Layout((), ()))
+            A = self._at(y, theta, Layout((), (), ()))
             return self._solve(A, self._factors(A), A.pullback.outputs, transpose=False)
 
     def _at(self, y: Tensors, theta: Tensors, x: Layout, wanted: Sequence[int] = ()) -> JacobianOperator:
@@ -190,7 +190,8 @@ def undefined(live: Tensors, mask: Tensor) -> Tensor:
 
 def widen(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Half precision in float32, everything else as it is."""
-    return tuple(t.to(_WIDER.get(t.dtype, t.dtype)) for t in tensors)
+    # Also where nothing changes: an operation takes off what a closed transform left around a saved tensor.
+    return tuple([t.to(_WIDER.get(t.dtype, t.dtype)) for t in tensors])
 
 
 _WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}

@@ -3,9 +3,9 @@
 A new torch that renames one of them breaks here, at import, and says so.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ try:
     from torch._C import (
         DisableTorchFunction,
         _are_functorch_transforms_active,
+        _disabled_torch_function_impl,
         _functorch,
         _get_dispatch_mode,
         _is_fwd_grad_enabled,
@@ -36,9 +37,6 @@ try:
     # A small backward pass without the checks of torch.autograd.grad, which cost as much again.
     from torch.autograd.graph import _engine_run_backward
 
-    # Parameters of a module made explicit, also where the module's own forward is running.
-    from torch.nn.utils.stateless import _reparametrize_module
-
     # The containers in which torch functions take and return tensors.
     from torch.utils._pytree import tree_leaves, tree_map
 
@@ -49,6 +47,8 @@ except (ImportError, AttributeError) as error:
         f"functorch_inverse supports torch >= 2.11; torch {torch.__version__} differs in a private "
         f"name that it relies on ({error}). Install another torch, or report this version."
     ) from error
+
+Tensors: TypeAlias = tuple[Tensor, ...]
 
 __all__ = [
     "at_current_level",
@@ -67,16 +67,17 @@ __all__ = [
     "is_open",
     "is_wrapped",
     "level",
+    "no_torch_function",
     "plain",
     "primal",
-    "reparametrize",
     "traced_derivatives_possible",
     "transforms_active",
     "tree_leaves",
     "tree_map",
+    "wrapper",
 ]
 
-reparametrize = _reparametrize_module
+no_torch_function: Any = _disabled_torch_function_impl
 is_wrapped = _functorch.is_functorch_wrapped_tensor
 
 
@@ -123,12 +124,10 @@ def _tracked(tensor: Tensor) -> bool:
     )
 
 
-def graph_grad(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def graph_grad(outputs: Tensors, inputs: Tensors, cotangents: Tensors) -> Tensors:
     """torch.autograd.grad of a graph that stays, with zeros where an input is not reached."""
-    grads = _engine_run_backward(
-        tuple(outputs), tuple(cotangents), True, False, tuple(inputs), allow_unreachable=True, accumulate_grad=False
-    )
-    return tuple(torch.zeros_like(t) if g is None else g for t, g in zip(inputs, grads, strict=True))
+    grads = _engine_run_backward(outputs, cotangents, True, False, inputs, allow_unreachable=True, accumulate_grad=False)
+    return tuple([torch.zeros_like(t) if g is None else g for t, g in zip(inputs, grads, strict=True)])
 
 
 def is_live(tensor: Tensor) -> bool:
@@ -204,6 +203,11 @@ def forward_mode_available() -> bool:
     """Whether torch.func.jvp can be opened here: not inside a plain dual level, and not under Dynamo."""
     plain_level = forward_ad._current_level >= 0 and not eager_transforms.JVP_NESTING
     return not torch.compiler.is_dynamo_compiling() and not plain_level
+
+
+def wrapper(cls: Any, shape: Any, like: Tensor) -> Any:
+    """A tensor without data that calls `__torch_dispatch__` of its class."""
+    return Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
 
 
 def fake_mode() -> AbstractContextManager[Any]:

@@ -22,6 +22,9 @@ from functorch_inverse.errors import StructureError
 
 __all__ = ["Equation", "JacobianOperator", "MatVec", "ValueSolver", "vmapped"]
 
+# Fewer are faster one by one.
+_MANY_ROWS = 6
+
 MatVec: TypeAlias = Callable[[Tensor], Tensor]
 
 
@@ -109,7 +112,11 @@ class JacobianOperator:
         return self._froze(self.pullback.to_y((ones,))[0])
 
     def as_matrix(self) -> Tensor:
-        """A of shape (*batch, rows, columns), by one pass of f backward for each row."""
+        """A of shape (*batch, rows, columns), by one pass of f backward for each row, or at once."""
+        if self.inputs.is_vector and self.outputs.is_vector and self.outputs.size >= _MANY_ROWS:
+            matrix = self.pullback.matrix()
+            if matrix is not None:
+                return self._froze(matrix)
         return self._froze(jacobian(self._pull, self.batch, self.outputs.size, self.pullback.outputs[0]))
 
     def rows(self, cotangents: Tensor) -> Tensor:
