@@ -126,6 +126,8 @@ class Captured:
         if not self.functions or torch.compiler.is_dynamo_compiling():
             return
         reach = Reach.of(*self.functions)
+        if not (self.reached or reach.modules or reach.tensors):
+            return
         before, now = {id(found) for found, _ in self.reached}, {id(t): t for t in (*reach.modules, *reach.tensors)}
         new = [found for key, found in now.items() if key not in before]
         lost = new and not before <= now.keys()

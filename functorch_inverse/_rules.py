@@ -49,7 +49,7 @@ class Rule(Protocol):
         ...
 
     def vjp(self, y: Tensors, theta: Tensors, x: Layout, wanted: Sequence[int]) -> Pull:
-        """The map from cotangents v of y to what x, and the wanted theta, receive."""
+        """The map from cotangents v of y to what x, and the wanted theta, receive; both in full precision."""
         ...
 
     def jvp(self, y: Tensors, theta: Tensors, dx: Tensors, dtheta: Optional) -> tuple[Tensor, ...]:
@@ -82,20 +82,18 @@ class ImplicitRule:
 
         x's part has the batch shape of y and the layout `x`.
         """
-        with _torch.full_precision(y[0]):
-            A = self._at(y, theta, x, wanted)
-            return functools.partial(self._pull, A, self._factors(A), len(x.shapes), [theta[i].dtype for i in wanted])
+        A = self._at(y, theta, x, wanted)
+        return functools.partial(self._pull, A, self._factors(A), len(x.shapes), [theta[i].dtype for i in wanted])
 
     def _pull(
         self, A: JacobianOperator, factors: Any, n_x: int, dtypes: Sequence[torch.dtype], v: Optional
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        with _torch.full_precision(A.y[0]):
-            v = widen([torch.zeros_like(t) if c is None else c for c, t in zip(v, A.y, strict=True)])
-            u = self._solve(A, factors, v, transpose=True)
-            if not dtypes:
-                return u[:n_x], ()
-            received = A.pullback.to_theta(tuple(-t.to(o.dtype) for t, o in zip(u, A.pullback.outputs, strict=True)))
-            return u[:n_x], tuple(t.to(d) for t, d in zip(received, dtypes, strict=True))
+        v = widen([torch.zeros_like(t) if c is None else c for c, t in zip(v, A.y, strict=True)])
+        u = self._solve(A, factors, v, transpose=True)
+        if not dtypes:
+            return u[:n_x], ()
+        received = A.pullback.to_theta(tuple(-t.to(o.dtype) for t, o in zip(u, A.pullback.outputs, strict=True)))
+        return u[:n_x], tuple(t.to(d) for t, d in zip(received, dtypes, strict=True))
 
     def jvp(self, y: Tensors, theta: Tensors, dx: Tensors, dtheta: Optional) -> tuple[Tensor, ...]:
         """The tangents of y."""

@@ -35,7 +35,7 @@ try:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     # A small backward pass without the checks of torch.autograd.grad, which cost as much again.
-    from torch.autograd.graph import _engine_run_backward
+    from torch.autograd.variable import Variable
 
     # The containers in which torch functions take and return tensors.
     from torch.utils._pytree import tree_leaves, tree_map
@@ -78,6 +78,7 @@ __all__ = [
 ]
 
 no_torch_function: Any = _disabled_torch_function_impl
+_run_backward: Any = Variable._execution_engine.run_backward
 is_wrapped = _functorch.is_functorch_wrapped_tensor
 
 
@@ -126,7 +127,7 @@ def _tracked(tensor: Tensor) -> bool:
 
 def graph_grad(outputs: Tensors, inputs: Tensors, cotangents: Tensors) -> Tensors:
     """torch.autograd.grad of a graph that stays, with zeros where an input is not reached."""
-    grads = _engine_run_backward(outputs, cotangents, True, False, inputs, allow_unreachable=True, accumulate_grad=False)
+    grads = _run_backward(outputs, cotangents, True, False, inputs, allow_unreachable=True, accumulate_grad=False)
     return tuple([torch.zeros_like(t) if g is None else g for t, g in zip(inputs, grads, strict=True)])
 
 
@@ -232,6 +233,8 @@ def primal(tensor: Tensor | None) -> Tensor | None:
 def full_precision(tensor: Tensor) -> AbstractContextManager[None]:
     """Autocast switched off: derivatives are computed in the precision of their inputs."""
     kind = tensor.device.type
+    if kind == "cpu" and not torch.is_autocast_enabled(kind):
+        return nullcontext()
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return nullcontext()

@@ -79,7 +79,7 @@ def batch_shape(leaves: Sequence[Tensor], event_dims: Sequence[int], caller: str
     """The leading dims that all leaves share."""
     # Compared one by one: a set would hash sizes, which makes them constants of a trace.
     shapes = [leaf.shape[: leaf.ndim - dim] for leaf, dim in zip(leaves, event_dims, strict=True)]
-    if any(shape != shapes[0] for shape in shapes[1:]):
+    if len(shapes) > 1 and any(shape != shapes[0] for shape in shapes):
         raise StructureError(
             f"`{caller}`: the leaves of {what} have the batch shapes {[tuple(shape) for shape in shapes]}; one sample "
             "takes a part of every leaf, so they must agree. Choose `event_dim` per leaf such that they do, "

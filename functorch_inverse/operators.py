@@ -7,6 +7,7 @@ A solve whose inside cannot be differentiated (an iteration) gets its derivative
     A u = b    =>    A du = db - dA u
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
@@ -90,10 +91,18 @@ class JacobianOperator:
         self.equation, self.y, self.theta = equation, y, theta
         self.batch = batch_shape(y, equation.y_dims, equation.caller, "y")
         self.pullback = Pullback.of(equation.f, y, theta, wanted)
-        outputs = self.pullback.outputs
-        self.inputs = Layout.of(y, equation.y_dims)
-        self.outputs = Layout.of(outputs, equation.x_dims or _root_dims(equation, outputs, self.batch))
+        self.x_dims = equation.x_dims or _root_dims(equation, self.pullback.outputs, self.batch)
         self.frozen = False
+
+    @functools.cached_property
+    def inputs(self) -> Layout:
+        """The leaves of y in a vector that A is applied to."""
+        return Layout.of(self.y, self.equation.y_dims)
+
+    @functools.cached_property
+    def outputs(self) -> Layout:
+        """The leaves of f(y) in a vector that A gives."""
+        return Layout.of(self.pullback.outputs, self.x_dims)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -103,7 +112,8 @@ class JacobianOperator:
     @property
     def elementwise(self) -> bool:
         """One real number a sample: A is a derivative, not a matrix, and 1 / 0 is inf as in torch."""
-        return self.equation.y_dims == (0,) and self.outputs.shapes == ((),) and self.shape == (1, 1)
+        leaves = (*self.y, *self.pullback.outputs)
+        return self.equation.y_dims == self.x_dims == (0,) and not any(t.is_complex() for t in leaves)
 
     def derivative(self) -> Tensor:
         """The numbers of an elementwise A."""
