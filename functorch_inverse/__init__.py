@@ -6,6 +6,8 @@ What do you know about your black box?
     a map that it leaves fixed   custom_fixed_point(solve, step)
     its Jacobian                 custom_jacobian(fn, jacobian)
     only its values              finite_difference(fn)
+You have f, and no g at all?
+                                 invert(f), InverseModule(module); by Newton, Chandrupatla, FixedPoint
 How do I call NumPy and the like on tensors?
                                  black_box(fn)
 Which Jacobian, and how is it solved with?
@@ -22,6 +24,7 @@ from functorch_inverse.black_box import black_box as black_box
 from functorch_inverse.custom import custom_inverse as custom_inverse
 from functorch_inverse.custom import custom_jacobian as custom_jacobian
 from functorch_inverse.errors import BlackBoxError as BlackBoxError
+from functorch_inverse.errors import BracketError as BracketError
 from functorch_inverse.errors import DerivativeError as DerivativeError
 from functorch_inverse.errors import FunctorchInverseError as FunctorchInverseError
 from functorch_inverse.errors import NoDerivativeError as NoDerivativeError
@@ -31,7 +34,13 @@ from functorch_inverse.errors import SingularJacobianError as SingularJacobianEr
 from functorch_inverse.errors import StructureError as StructureError
 from functorch_inverse.finite_difference import finite_difference as finite_difference
 from functorch_inverse.finite_difference import numerical_jacobian as numerical_jacobian
+from functorch_inverse.inverse_module import InverseModule as InverseModule
+from functorch_inverse.invert import invert as invert
+from functorch_inverse.inverters import Chandrupatla as Chandrupatla
+from functorch_inverse.inverters import FixedPoint as FixedPoint
+from functorch_inverse.inverters import Newton as Newton
 from functorch_inverse.jacobians import batch_jacobian as batch_jacobian
+from functorch_inverse.jacobians import log_abs_det_jacobian as log_abs_det_jacobian
 from functorch_inverse.krylov import CG as CG
 from functorch_inverse.krylov import GMRES as GMRES
 from functorch_inverse.krylov import BiCGStab as BiCGStab

@@ -1,13 +1,13 @@
 """`check=`: is f(g(x)) really x, is y really a root?"""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
-from functorch_inverse import _torch
+from functorch_inverse._inspect import inspect
 from functorch_inverse._vectors import Layout, real_dtype
 from functorch_inverse.errors import ResidualError
 
@@ -38,7 +38,7 @@ def check_residual(caller: str, check: bool | float, got: Tensors, x: Tensors, y
         # nan in, nan out is no mistake of f; nan from finite numbers is.
         error = torch.where(wanted.isfinite().all(-1), error.nan_to_num(nan=torch.inf), 0)
         allowed = allowed.nan_to_num(nan=0.0)
-        _Inspect.apply(_INVERSE.format(caller=caller), tolerance, error.detach(), allowed.detach())
+        inspect(partial(_compare, _INVERSE.format(caller=caller), tolerance), error, allowed)
 
 
 def check_root(caller: str, check: bool | float, step: Tensors, y: Tensors, dims: Sequence[int]) -> None:
@@ -51,7 +51,7 @@ def check_root(caller: str, check: bool | float, step: Tensors, y: Tensors, dims
         # nan in y is no mistake of the residual; nan from finite numbers is.
         error = torch.where(size.isfinite(), error.nan_to_num(nan=torch.inf), 0)
         allowed = tolerance * size.nan_to_num(nan=0.0) + 16 * eps * torch.where(size == 0, 1, size).nan_to_num(nan=0.0)
-        _Inspect.apply(_ROOT.format(caller=caller), tolerance, error.detach(), allowed.detach())
+        inspect(partial(_compare, _ROOT.format(caller=caller), tolerance), error, allowed)
 
 
 _INVERSE = (
@@ -79,30 +79,10 @@ def _largest(vectors: Tensor) -> Tensor:
     return vectors.abs().amax(-1) if vectors.shape[-1] else vectors.sum(-1)
 
 
-class _Inspect(Function):
-    """Look at errors with all vmapped dims in place, outermost first."""
-
-    @staticmethod
-    def forward(text: str, tolerance: float, error: Tensor, allowed: Tensor) -> Tensor:
-        bad = error > allowed
-        if _torch.can_inspect(bad) and bad.any():
-            _raise(text, tolerance, error, allowed, bad)
-        return error.new_zeros(())
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.mark_non_differentiable(output)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, text: str, tolerance: float, *tensors: Tensor) -> tuple[Tensor, None]:
-        moved = [
-            t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0)
-            for t, d in zip(tensors, in_dims[2:], strict=True)
-        ]
-        return _Inspect.apply(text, tolerance, *moved), None
-
-
-def _raise(text: str, tolerance: float, error: Tensor, allowed: Tensor, bad: Tensor) -> None:
+def _compare(text: str, tolerance: float, error: Tensor, allowed: Tensor) -> None:
+    bad = error > allowed
+    if not bad.any():
+        return
     worst = int((error / allowed).nan_to_num(nan=0.0, posinf=torch.inf).where(bad, 0).argmax())
     raise ResidualError(
         text.format(

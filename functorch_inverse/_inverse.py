@@ -1,6 +1,6 @@
 """The evidence is an inverse: f(g(x, *args), *args) = x."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from functorch_inverse.errors import StructureError
 from functorch_inverse.linear_solvers import LinearSolver
 from functorch_inverse.operators import Equation
 
-__all__ = ["InverseProblem"]
+__all__ = ["InverseProblem", "Pick", "target_of"]
 
 Tensors = Sequence[Tensor]
 
@@ -28,6 +28,7 @@ Tensors = Sequence[Tensor]
 class InverseProblem(Problem):
     """g with its inverse f as evidence."""
 
+    evidence: Callable[..., Any]
     linear_solver: LinearSolver
 
     def probe(self, given: Given, values: Values) -> Any:
@@ -43,7 +44,7 @@ class InverseProblem(Problem):
         _check_sizes(self, x, y, x_dims, y_dims)
         x = tuple(lead(self.caller, t, d, batch) for t, d in zip(x, x_dims, strict=True))
         theta = (*given.arg_tensors, *values.constants, *captured.tensors)
-        pick = _Pick(self.caller, target)
+        pick = Pick(self.caller, target)
         evidence = Evidence(self.evidence, values.y, values.differentiable, given.args, captured, pick)
         if self.check:
             got = evidence([t.detach() for t in y], [t.detach() for t in theta])
@@ -52,7 +53,7 @@ class InverseProblem(Problem):
 
 
 @dataclass(frozen=True, eq=False)
-class _Pick:
+class Pick:
     """The leaves of what f returned that belong to x."""
 
     caller: str
@@ -74,8 +75,11 @@ def _check_tensors(caller: str, leaves: Sequence[Any]) -> None:
 
 
 def _target(given: Given) -> tuple[Partition, tuple[Tensor, ...]]:
+    return target_of(given.x.join(given.x_tensors))
+
+
+def target_of(tree: Tree) -> tuple[Partition, tuple[Tensor, ...]]:
     """The leaves of x that f must give back: the floating ones, or all numbers where none is."""
-    tree = given.x.join(given.x_tensors)
     target, x = Partition.of(tree, is_differentiable)
     if x:
         return target, x

@@ -9,7 +9,7 @@ then, is missing for some special functions, and cannot run inside a plain dual 
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -30,11 +30,18 @@ class Pullback:
     """The transposed derivative of f(y, theta), in y and in chosen parts of theta."""
 
     outputs: tuple[Tensor, ...]
+    # A transform opened in a forward pass would fail under saved-tensor hooks.
+    in_open_graph: ClassVar[bool] = False
 
     @staticmethod
     def of(f: Function, y: Tensors, theta: Tensors, wanted: Sequence[int]) -> "Pullback":
         """Evaluate f at a point; `wanted` are the positions of theta to differentiate."""
         return (_GraphPullback if _torch.plain() else _FuncPullback)(f, y, theta, wanted)
+
+    @staticmethod
+    def open(f: Function, y: Tensors) -> "Pullback":
+        """Evaluate f in the open graph, so that everything it reads is differentiated as anywhere else."""
+        return _FuncPullback(f, y, (), ()) if _torch.transforms_active() else _OpenPullback(f, y)
 
     def to_y(self, cotangents: Tensors) -> tuple[Tensor, ...]:
         """(df/dy)^T times one set of cotangents."""
@@ -51,6 +58,10 @@ class Pullback:
     def matrix(self) -> Tensor | None:
         """df/dy of vectors (*batch, rows, columns), where it can be had at once."""
         return None
+
+
+# Fewer are faster one by one.
+_MANY_ROWS = 6
 
 
 class _GraphPullback(Pullback):
@@ -75,6 +86,8 @@ class _GraphPullback(Pullback):
         return torch.autograd.grad(pulled, zeros, tuple(tangents), retain_graph=True, materialize_grads=True)
 
     def matrix(self) -> Tensor | None:
+        if self.outputs[0].shape[-1] < _MANY_ROWS:
+            return None
         # A backward written in Python may look at what it is given.
         known = not any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in self.nodes)
         return jacobian_of_graph(self.outputs[0], self.y[0]) if known else None
@@ -89,6 +102,29 @@ class _GraphPullback(Pullback):
         live = [o.requires_grad for o in self.outputs]
         outputs, grads = itertools.compress(self.outputs, live), itertools.compress(cotangents, live)
         return _torch.graph_grad(tuple(outputs), tuple(inputs), tuple(grads))
+
+
+class _OpenPullback(_GraphPullback):
+    """From the graph that is being built: what is computed is itself differentiable, by plain autograd, to all that f reads."""
+
+    in_open_graph: ClassVar[bool] = True
+
+    def __init__(self, f: Function, y: Tensors) -> None:
+        # A node of its own, so that what else f reads may depend on y too.
+        self.theta, self.transposed = [], None
+        with torch.inference_mode(False), torch.enable_grad():
+            y = [t.clone() if t.is_inference() else t for t in y]
+            self.y = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in y]
+            self.outputs = _evaluate(f, self.y, ())
+
+    def matrix(self) -> Tensor | None:
+        return None
+
+    def _grad(self, inputs: list[Tensor], cotangents: Tensors) -> tuple[Tensor, ...]:
+        with torch.inference_mode(False), torch.enable_grad():
+            cotangents = tuple(c.clone() if c.is_inference() else c for c in cotangents)
+            grads = torch.autograd.grad(self.outputs, inputs, cotangents, create_graph=True, materialize_grads=True)
+        return grads if torch.is_grad_enabled() else tuple(t.detach() for t in grads)
 
 
 class _FuncPullback(Pullback):
@@ -177,14 +213,15 @@ def _nodes(outputs: Tensors, known: Tensors) -> list[Any]:
     return queue
 
 
-def jacobian(pull: Callable[[Tensor], Tensor], batch: Sequence[int], rows: int, like: Tensor) -> Tensor:
+def jacobian(pull: Callable[[Tensor], Tensor], batch: Sequence[int], rows: int, like: Tensor, *, plain: bool = False) -> Tensor:
     """All rows of a per-sample Jacobian, (*batch, rows, columns).
 
     `pull` takes cotangents of shape (*batch, rows) to (*batch, columns). Each row is one unit cotangent
-    expanded over all samples at once: f is evaluated for the whole batch, never per sample.
+    expanded over all samples at once: f is evaluated for the whole batch, never per sample. `plain`: although a
+    graph is being built, no transform has to look at it.
     """
     basis = torch.eye(rows, dtype=real_dtype(like.dtype), device=like.device)
-    if not (_torch.plain() and 0 < rows <= _LOOP_UP_TO):
+    if not ((plain or _torch.plain()) and 0 < rows <= _LOOP_UP_TO):
         return torch.vmap(lambda e: pull(e.expand(*batch, rows)))(basis).movedim(0, -2)
     return torch.stack([pull(e.expand(*batch, rows)) for e in basis], -2)
 

@@ -76,13 +76,15 @@ def as_solver(caller: str, solver: Any) -> LinearSolver:
     """What `linear_solver=` was given, as an object that factorises."""
     if solver is None:
         return LU()
+    if isinstance(solver, type):
+        raise ValueError(f"`{caller}`: `linear_solver` is the class {solver.__name__}; pass an object, {solver.__name__}().")
     if hasattr(solver, "factorise"):
         return solver
     if isinstance(solver, Krylov):
         return _ByValues(_Iteration(solver))
     if hasattr(solver, "values"):
         return _ByValues(solver)
-    if callable(solver) and not isinstance(solver, type):
+    if callable(solver):
         return _ByValues(_Callable(solver))
     raise ValueError(
         f"`{caller}`: `linear_solver` is {solver!r}; choose LU(), Cholesky(), Triangular(), LeastSquares(), "

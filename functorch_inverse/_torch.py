@@ -27,6 +27,9 @@ try:
     # Whether another backward pass through the same graph may come.
     from torch._C._autograd import _get_current_graph_task_keep_graph as graph_is_kept
 
+    # Saved-tensor hooks belong to the user's graph, not to one that is made and used up inside a forward.
+    from torch._C._autograd import _saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
+
     # The level of torch.func.jvp: nested forward mode is wrong without the mend below.
     from torch._functorch import eager_transforms
     from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
@@ -68,6 +71,8 @@ __all__ = [
     "is_wrapped",
     "level",
     "no_torch_function",
+    "outside_inference_mode",
+    "own_saved_tensors",
     "plain",
     "primal",
     "traced_derivatives_possible",
@@ -160,9 +165,11 @@ def is_open(tensor: Tensor) -> bool:
 
 def can_inspect(tensor: Tensor) -> bool:
     """Whether Python may look at a tensor's values: not wrapped, traced, fake or captured."""
+    if torch.compiler.is_dynamo_compiling():
+        return False
     keys = _TorchDispatchModeKey
     traced = _get_dispatch_mode(keys.PROXY) is not None or _get_dispatch_mode(keys.FAKE) is not None
-    if traced or is_wrapped(tensor) or torch.compiler.is_dynamo_compiling():
+    if traced or is_wrapped(tensor):
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
@@ -221,6 +228,24 @@ def forward_levels() -> int:
     """How many torch.func.jvp levels are open while Dynamo traces."""
     stack = _functorch.get_interpreter_stack() or ()
     return sum(entry.key() == _functorch.TransformType.Jvp for entry in stack)
+
+
+def outside_inference_mode() -> AbstractContextManager[Any]:
+    """What is computed inside can have a graph."""
+    if torch.compiler.is_dynamo_compiling() or not torch.is_inference_mode_enabled():
+        return nullcontext()
+    return torch.inference_mode(False)
+
+
+def own_saved_tensors() -> AbstractContextManager[Any]:
+    """A graph made inside saves plain tensors, whatever hooks (of checkpoint, say) are set."""
+    if torch.compiler.is_dynamo_compiling() or not _saved_tensors_hooks_is_enabled():
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(_same, _same)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def primal(tensor: Tensor | None) -> Tensor | None:

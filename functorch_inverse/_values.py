@@ -17,7 +17,17 @@ from functorch_inverse._tree import Partition, Tree, describe, is_differentiable
 from functorch_inverse._vectors import same_precision
 from functorch_inverse.errors import BlackBoxError, StructureError
 
-__all__ = ["BlackBox", "Loop", "Outcome", "VmapMethod", "check_vmap_method", "from_array", "is_array", "refuse_empty"]
+__all__ = [
+    "BlackBox",
+    "Loop",
+    "Outcome",
+    "VmapMethod",
+    "check_vmap_method",
+    "from_array",
+    "is_array",
+    "progress_bar",
+    "refuse_empty",
+]
 
 VmapMethod: TypeAlias = Literal["sequential", "broadcast", "vmap"]
 
@@ -201,14 +211,15 @@ def _map(call: Callable[[Any], Any], indices: list[tuple[int, ...]], box: BlackB
     bar: Any = iter
     loop = box.loop or Loop()
     if loop.progress:
-        bar = functools.partial(_progress(box.caller), total=len(indices), desc=box.caller)
+        bar = functools.partial(progress_bar(box.caller), total=len(indices), desc=box.caller)
     if loop.threads is None:
         return list(bar(map(call, indices)))
     with ThreadPoolExecutor(loop.threads) as pool:
         return list(bar(pool.map(call, indices)))
 
 
-def _progress(caller: str) -> Any:
+def progress_bar(caller: str) -> Any:
+    """tqdm, or an error that says how to get it."""
     try:
         from tqdm import tqdm
     except ImportError as error:

@@ -4,6 +4,7 @@ import torch
 
 __all__ = [
     "BlackBoxError",
+    "BracketError",
     "DerivativeError",
     "FunctorchInverseError",
     "NoDerivativeError",
@@ -31,7 +32,11 @@ class NoDerivativeError(FunctorchInverseError, RuntimeError):
 
 
 class NotConvergedError(FunctorchInverseError, RuntimeError):
-    """An iteration ended before it reached its tolerance; the text names the systems and what they reached."""
+    """An iteration ended before it reached its tolerance; the text names the samples and what they reached."""
+
+
+class BracketError(NotConvergedError):
+    """No two points were found between which f(y) - x changes its sign."""
 
 
 class BlackBoxError(FunctorchInverseError, RuntimeError):

@@ -23,9 +23,6 @@ from functorch_inverse.errors import StructureError
 
 __all__ = ["Equation", "JacobianOperator", "MatVec", "ValueSolver", "vmapped"]
 
-# Fewer are faster one by one.
-_MANY_ROWS = 6
-
 MatVec: TypeAlias = Callable[[Tensor], Tensor]
 
 
@@ -87,10 +84,11 @@ class JacobianOperator:
     Vectors are real and packed: (*columns, *batch, n) with any number of column dims in front.
     """
 
-    def __init__(self, equation: Equation, y: Tensors, theta: Tensors, wanted: Sequence[int] = ()) -> None:
+    def __init__(self, equation: Equation, y: Tensors, theta: Tensors, wanted: Sequence[int] | None = ()) -> None:
         self.equation, self.y, self.theta = equation, y, theta
         self.batch = batch_shape(y, equation.y_dims, equation.caller, "y")
-        self.pullback = Pullback.of(equation.f, y, theta, wanted)
+        # None: f reads everything but y by itself, in the open graph.
+        self.pullback = Pullback.open(equation.f, y) if wanted is None else Pullback.of(equation.f, y, theta, wanted)
         self.x_dims = equation.x_dims or _root_dims(equation, self.pullback.outputs, self.batch)
         self.frozen = False
 
@@ -112,8 +110,8 @@ class JacobianOperator:
     @property
     def elementwise(self) -> bool:
         """One real number a sample: A is a derivative, not a matrix, and 1 / 0 is inf as in torch."""
-        leaves = (*self.y, *self.pullback.outputs)
-        return self.equation.y_dims == self.x_dims == (0,) and not any(t.is_complex() for t in leaves)
+        real = not any(t.is_complex() for t in (*self.y, *self.pullback.outputs))
+        return real and self.equation.y_dims == self.x_dims == (0,)
 
     def derivative(self) -> Tensor:
         """The numbers of an elementwise A."""
@@ -123,16 +121,17 @@ class JacobianOperator:
 
     def as_matrix(self) -> Tensor:
         """A of shape (*batch, rows, columns), by one pass of f backward for each row, or at once."""
-        if self.inputs.is_vector and self.outputs.is_vector and self.outputs.size >= _MANY_ROWS:
-            matrix = self.pullback.matrix()
-            if matrix is not None:
-                return self._froze(matrix)
-        return self._froze(jacobian(self._pull, self.batch, self.outputs.size, self.pullback.outputs[0]))
+        A, vectors = self.pullback, self.inputs.is_vector and self.outputs.is_vector
+        if not vectors or (matrix := A.matrix()) is None:
+            matrix = jacobian(self._pull, self.batch, self.outputs.size, A.outputs[0], plain=A.in_open_graph)
+        return self._froze(matrix.float() if matrix.dtype in (torch.float16, torch.bfloat16) else matrix)
 
     def rows(self, cotangents: Tensor) -> Tensor:
         """A^T times cotangents (k, m), each of them in every sample: (k, *batch, n)."""
-        expanded = cotangents.reshape(-1, *(1,) * len(self.batch), cotangents.shape[-1])
-        return self._froze(self.rmv(expanded.expand(-1, *self.batch, -1)))
+        expanded = cotangents.reshape(-1, *(1,) * len(self.batch), cotangents.shape[-1]).expand(-1, *self.batch, -1)
+        if _torch.plain() or self.pullback.in_open_graph:
+            return torch.stack([self._pull(w) for w in expanded])
+        return self._froze(self.rmv(expanded))
 
     def mv(self, v: Tensor) -> Tensor:
         """A v."""
@@ -168,7 +167,8 @@ class JacobianOperator:
             columns = v.movedim(tuple(range(count)), tuple(range(-count, 0))).reshape(*self.batch, v.shape[-1], -1)
             found = torch.linalg.lu_solve(lu, pivots, columns, adjoint=transpose)
             back = found.unflatten(-1, v.shape[:count]) if count else found.squeeze(-1)
-            return back.movedim(tuple(range(-count, 0)), tuple(range(count))) if count else back
+            back = back.movedim(tuple(range(-count, 0)), tuple(range(count))) if count else back
+            return torch.where(back.isfinite().all(-1, keepdim=True), back, v)  # a singular one helps nobody
 
         return apply
 
@@ -195,7 +195,7 @@ def _root_dims(equation: Equation, outputs: Tensors, batch: torch.Size) -> tuple
     for out in outputs:
         if out.shape[: len(batch)] != batch:
             raise StructureError(
-                f"`{equation.caller}`: the residual has a leaf of shape {tuple(out.shape)} where the batch dims of y, "
+                f"`{equation.caller}`: the function has a leaf of shape {tuple(out.shape)} where the batch dims of y, "
                 f"{tuple(batch)}, must come first. It has to treat the samples of a batch independently; check `event_dim`."
             )
     return tuple(out.ndim - len(batch) for out in outputs)

@@ -1,0 +1,108 @@
+r"""Newton's method with a line search, for samples that are vectors.
+
+    y <- y - t d,      A d = f(y) - x,      A = df/dy
+
+The residual norm falls along d for small t, so t is halved or more until it does; then t = 1 in the end and
+the error is squared in every step. Where A has no inverse, (A^T A + mu I) d = A^T (f(y) - x) takes its place.
+
+Source: Dennis and Schnabel, Numerical Methods for Unconstrained Optimization and Nonlinear Equations (1996),
+algorithms A6.3.1 (line search) and A5.5.1 (singular A).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from functorch_inverse import _torch
+from functorch_inverse._equation import largest
+from functorch_inverse._status import DONE, RUNNING, STUCK, UNDEFINED, Options, chosen
+
+__all__ = ["NewtonState", "advanced", "arrived"]
+
+
+class NewtonState(NamedTuple):
+    """Where a sample is, and where it tries next: y - length * direction."""
+
+    y: Tensor
+    residual: Tensor
+    trial: Tensor
+    status: Tensor
+    direction: Tensor
+    length: Tensor
+    # A residual that rounding may be the reason of: rtol of what it was at the start.
+    floor: Tensor
+
+
+def arrived(x: Tensor, y: Tensor, residual: Tensor, matrix: Tensor, floor: Tensor | None, options: Options) -> NewtonState:
+    """The state at a point that is believed."""
+    direction = _direction(matrix, residual)
+    # The size of rounding errors: x and the terms of A y are what f(y) - x is made of.
+    scale = largest(x) + largest((matrix.abs() @ y.abs().unsqueeze(-1)).squeeze(-1))
+    error = largest(residual)
+    done = error <= options.atol + options.rtol * scale
+    status = torch.where(error.isfinite(), STUCK, UNDEFINED)
+    status = torch.where(direction.isfinite().all(-1) & error.isfinite(), RUNNING, status)
+    trial = y - direction
+    # Once more without a look at f, since the step is known: it squares an error that is small already.
+    small = largest(direction) <= options.eps**0.25 * largest(y)
+    y, floor = chosen(done & small, trial, y), options.rtol * (scale + error) if floor is None else floor
+    return NewtonState(y, residual, trial, torch.where(done, DONE, status), direction, torch.ones_like(error), floor)
+
+
+def advanced(
+    state: NewtonState, x: Tensor, residual: Tensor, jacobian: Callable[[], Tensor], options: Options
+) -> NewtonState:
+    """Go to the point that was tried; stay, and try a shorter step the next time, where it is no better."""
+    before, after = (torch.linalg.vector_norm(r, dim=-1) for r in (state.residual, residual))
+    better = after <= (1 - 1e-4 * state.length) * before
+    stay = _shorter(state, after / before, options)
+    if _torch.can_inspect(better) and not better.any():
+        return stay
+    go = arrived(x, state.trial, residual, jacobian(), state.floor, options)
+    return NewtonState(*(chosen(better, a, b) for a, b in zip(go, stay, strict=True)))
+
+
+def _shorter(state: NewtonState, ratio: Tensor, options: Options) -> NewtonState:
+    """The minimum of the parabola through |r|^2 at 0, its slope there and its value at t, within [t / 10, t / 2]."""
+    t = state.length
+    best = (t**2 / (ratio**2 - 1 + 2 * t)).nan_to_num(nan=0.0)
+    length = torch.minimum(torch.maximum(best, 0.1 * t), 0.5 * t)
+    # Close to the solution a Newton step fails only because of rounding: there is nothing better.
+    close = largest(state.direction) <= options.eps**0.5 * largest(state.y)
+    exhausted = close | (largest(state.residual) <= state.floor)
+    status = torch.where(exhausted, DONE, torch.where(length < options.eps**0.75, STUCK, state.status))
+    return state._replace(trial=state.y - length.unsqueeze(-1) * state.direction, length=length, status=status)
+
+
+def _direction(matrix: Tensor, residual: Tensor) -> Tensor:
+    """A^-1 r; where A has no inverse, a regularised one."""
+    direction = _solve(matrix, residual)
+    regular = direction.isfinite().all(-1, keepdim=True)
+    if _torch.can_inspect(regular) and regular.all():
+        return direction
+    return torch.where(regular, direction, _regularised(matrix, residual))
+
+
+def _regularised(matrix: Tensor, residual: Tensor) -> Tensor:
+    """The Levenberg-Marquardt direction; where A is zero, the residual itself."""
+    if not residual.shape[-1]:
+        return residual
+    size = matrix.abs().amax((-2, -1))[..., None, None]
+    scaled = matrix / size
+    mu = torch.finfo(matrix.dtype).eps ** 0.5
+    gram = scaled.mT @ scaled + mu * torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    direction = _solve(gram, (scaled.mT @ residual.unsqueeze(-1)).squeeze(-1)) / size.squeeze(-1)
+    return torch.where(size.squeeze(-1) == 0, residual, direction)
+
+
+def _solve(matrix: Tensor, b: Tensor) -> Tensor:
+    """A^-1 b, nan or infinite where there is none."""
+    if matrix.shape[-1] == 1:
+        return b / matrix.squeeze(-1)
+    if torch.compiler.is_dynamo_compiling():  # the first step stands in the open graph
+        inverse, info = torch.linalg.inv_ex(matrix)
+        return torch.where((info == 0).unsqueeze(-1), (inverse @ b.unsqueeze(-1)).squeeze(-1), torch.nan)
+    found, info = torch.linalg.solve_ex(matrix, b.unsqueeze(-1))
+    return torch.where((info == 0).unsqueeze(-1), found.squeeze(-1), torch.nan)
