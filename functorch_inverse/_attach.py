@@ -38,6 +38,7 @@ def _apply(rule: Rule, n_y: int, n_x: int, tensors: Tensors) -> tuple[Tensor, ..
 
 class _Attach(Function):
     @staticmethod
+    @_torch.signed
     def forward(rule: Rule, n_y: int, n_x: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(t.detach() for t in tensors[:n_y])
 

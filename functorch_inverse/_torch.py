@@ -3,7 +3,8 @@
 A new torch that renames one of them breaks here, at import, and says so.
 """
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias
 
@@ -75,6 +76,7 @@ __all__ = [
     "own_saved_tensors",
     "plain",
     "primal",
+    "signed",
     "traced_derivatives_possible",
     "transforms_active",
     "tree_leaves",
@@ -211,6 +213,12 @@ def forward_mode_available() -> bool:
     """Whether torch.func.jvp can be opened here: not inside a plain dual level, and not under Dynamo."""
     plain_level = forward_ad._current_level >= 0 and not eager_transforms.JVP_NESTING
     return not torch.compiler.is_dynamo_compiling() and not plain_level
+
+
+def signed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` of an autograd.Function with its signature at hand, which torch asks for at every call."""
+    function.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+    return function
 
 
 def wrapper(cls: Any, shape: Any, like: Tensor) -> Any:
