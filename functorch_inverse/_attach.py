@@ -69,6 +69,7 @@ def _apply(rule: Rule, n_y: int, n_x: int, tensors: Tensors) -> tuple[Tensor, ..
 
 class _Attach(Function):
     @staticmethod
+    @_torch.signed
     def forward(rule: Rule, n_y: int, n_x: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(t.detach() for t in tensors[:n_y])
 
@@ -92,10 +93,11 @@ class _Attach(Function):
         y, theta = saved[: ctx.n_y], saved[ctx.n_y :]
         wanted = [i for i in range(len(theta)) if ctx.needs_input_grad[first + ctx.n_x + i]]
         plain = _torch.plain()
-        pull = ctx.kept[1] if plain and ctx.kept[0] == wanted else ctx.rule.vjp(y, theta, ctx.x, wanted)
+        with _torch.full_precision(y[0]):
+            pull = ctx.kept[1] if plain and ctx.kept[0] == wanted else ctx.rule.vjp(y, theta, ctx.x, wanted)
+            u, received = pull(v)
         # The factors serve the next backward of this node, and go with the graph.
         ctx.kept = (wanted, pull) if plain and _torch.graph_is_kept() else (None, None)
-        u, received = pull(v)
         for i, (t, dtype) in enumerate(zip(u, ctx.x.dtypes, strict=True)):
             if ctx.needs_input_grad[first + i]:
                 nothing[first + i] = t.to(dtype)

@@ -77,22 +77,19 @@ class Given:
     x_tensors: tuple[Tensor, ...]
     arg_tensors: tuple[Tensor, ...]
     kwarg_tensors: tuple[Tensor, ...]
+    # What y takes after: the first floating tensor, those of x before the others.
+    like: Tensor | None
 
     @classmethod
     def of(cls, x: Tree, args: tuple[Tree, ...], kwargs: dict[str, Any]) -> "Given":
-        keys = tuple(kwargs)
         parts = [Partition.of(tree) for tree in (x, args, tuple(kwargs.values()))]
-        tensors = [tuple(map(standing_for, found)) for _, found in parts]
-        return cls(parts[0][0], parts[1][0], keys, parts[2][0], *tensors)
+        xs, others, more = [tuple([standing_for(t) for t in found]) for _, found in parts]
+        like = next((t for t in (*xs, *others, *more) if is_differentiable(t)), None)
+        return cls(parts[0][0], parts[1][0], tuple(kwargs), parts[2][0], xs, others, more, like)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return (*self.x_tensors, *self.arg_tensors, *self.kwarg_tensors)
-
-    @property
-    def like(self) -> Tensor | None:
-        """What y takes after: the first floating tensor, those of x before the others."""
-        return next((t for t in self.tensors if is_differentiable(t)), None)
 
     def call(self, g: Callable[..., Any], tensors: Tensors) -> Any:
         """g at other values of the tensors."""
@@ -111,11 +108,8 @@ def _eager(problem: Problem, given: Given) -> Tree:
         _refuse_live_keyword(problem.caller)
     problem.refuse_lost(given)
     captured = Captured.of((problem.evidence,), _wanted(given))
-    seen = captured.complete or not problem.probes
-    if seen and not (problem.check or _torch.transforms_active() or live((*given.tensors, *captured.tensors))):
-        return _evaluate(problem, given).result()
     values = _evaluate(problem, given)
-    if not seen:
+    if not captured.complete and problem.probes:
         captured = captured.including(_watched(problem, given, values, captured))
     if not (problem.check or live((*given.x_tensors, *given.arg_tensors, *captured.tensors))):
         return values.result()
@@ -140,15 +134,17 @@ def _traced(problem: Problem, given: Given) -> Tree:
 
 def live(tensors: Tensors) -> bool:
     """Whether a derivative flows through any of the tensors."""
-    return any(is_differentiable(t) and _torch.is_live(t) for t in tensors)
+    return bool(tensors) and any(is_differentiable(t) and _torch.is_live(t) for t in tensors)
+
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def _wanted(given: Given) -> Callable[[Tensor], bool]:
     """Which captured tensors become inputs; in half precision all, since f runs in float32."""
-    half = (torch.float16, torch.bfloat16)
-    if given.like is None or given.like.dtype not in half:
+    if given.like is None or given.like.dtype not in _HALF:
         return _torch.is_open
-    return lambda t: t.dtype in half or _torch.is_open(t)
+    return lambda t: t.dtype in _HALF or _torch.is_open(t)
 
 
 def _watched(problem: Problem, given: Given, values: "Values", captured: Captured) -> list[Tensor]:
@@ -201,6 +197,8 @@ class Values:
 
 def merge(first: Sequence[bool], yes: Tensors, no: Tensors) -> list[Tensor]:
     """Two sequences put back into one order."""
+    if not no:
+        return list(yes)
     ones, others = iter(yes), iter(no)
     return [next(ones) if flag else next(others) for flag in first]
 

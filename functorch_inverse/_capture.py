@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from functorch_inverse import _torch
-from functorch_inverse._reach import Reach, state_of
+from functorch_inverse._reach import Reach, Slots, slots_of
 from functorch_inverse.errors import NoDerivativeError
 
 __all__ = ["Captured", "standing_for", "watch"]
@@ -58,7 +58,7 @@ class Captured:
     """
 
     functions: tuple[Any, ...] = ()
-    modules: tuple[tuple[nn.Module, tuple[str, ...]], ...] = ()
+    slots: tuple[Slots, ...] = ()
     loose: tuple[Tensor, ...] = ()
     reached: tuple[tuple[Any, int], ...] = ()
     complete: bool = True
@@ -72,9 +72,9 @@ class Captured:
         if not (reach.modules or reach.tensors):
             return cls(tuple(functions), complete=reach.complete)
         with _unswapped(reach.modules):
-            states = [state_of(m) for m in reach.modules]
-        slots = [tuple(n for n, t in state.items() if wanted(t) or _swapped_in(t)) for state in states]
-        known = {id(t) for state in states for t in state.values()}
+            held = slots_of(reach.modules)
+        known = {id(t) for t, _ in held}
+        state = [(t, slots) for t, slots in held if wanted(t) or _swapped_in(t)]
 
         def explicit(tensor: Tensor) -> bool:
             meant = standing_for(tensor)
@@ -83,11 +83,11 @@ class Captured:
         loose = tuple(t for t in reach.tensors if explicit(t))
         return cls(
             functions=tuple(functions),
-            modules=tuple((m, names) for m, names in zip(reach.modules, slots, strict=True) if names),
+            slots=tuple(slots for _, slots in state),
             loose=loose,
             reached=tuple((found, _version(found)) for found in (*reach.modules, *reach.tensors)),
             complete=reach.complete,
-            tensors=(*(s[n] for s, names in zip(states, slots, strict=True) for n in names), *map(standing_for, loose)),
+            tensors=(*(t for t, _ in state), *map(standing_for, loose)),
         )
 
     def including(self, tensors: Sequence[Tensor]) -> "Captured":
@@ -109,18 +109,16 @@ class Captured:
         if torch.compiler.is_dynamo_compiling():  # f runs in the open graph
             return nullcontext()
         level = min((_torch.level(t) for t in (*values, *given)), default=-1) if _torch.transforms_active() else -1
-        return self._running(list(values), level) if values or level > 0 else nullcontext()
+        return self._running(values, level) if values or level > 0 else nullcontext()
 
     @contextmanager
-    def _running(self, values: list[Tensor], level: int) -> Iterator[None]:
+    def _running(self, values: Sequence[Tensor], level: int) -> Iterator[None]:
+        n = len(self.slots)
         with ExitStack() as stack:
-            if self.modules:
-                stack.enter_context(_SWAPPING)
-            for module, names in self.modules:
-                state = {name: values.pop(0) for name in names}
-                stack.enter_context(_torch.reparametrize(module, state, tie_weights=True))
+            if n:
+                stack.enter_context(_swapped(self.slots, values[:n]))
             if self.loose or level > 0:
-                stack.enter_context(_Substitute(self.loose, values, level))
+                stack.enter_context(_Substitute(self.loose, values[n:], level))
             yield
 
     def verify(self) -> None:
@@ -128,6 +126,8 @@ class Captured:
         if not self.functions or torch.compiler.is_dynamo_compiling():
             return
         reach = Reach.of(*self.functions)
+        if not (self.reached or reach.modules or reach.tensors):
+            return
         before, now = {id(found) for found, _ in self.reached}, {id(t): t for t in (*reach.modules, *reach.tensors)}
         new = [found for key, found in now.items() if key not in before]
         lost = new and not before <= now.keys()
@@ -161,6 +161,21 @@ _SWAPPING = threading.RLock()
 def _unswapped(modules: Sequence[Any]) -> AbstractContextManager[Any]:
     """While modules are looked into, no other thread swaps their parameters."""
     return _SWAPPING if modules and not torch.compiler.is_dynamo_compiling() else nullcontext()
+
+
+@contextmanager
+def _swapped(slots: Sequence[Slots], values: Sequence[Tensor]) -> Iterator[None]:
+    """Other values in the places of parameters and buffers, also where the module's own forward is running."""
+    with _SWAPPING:
+        own = [(space, name, space.get(name)) for places in slots for space, name in places]
+        try:
+            for places, value in zip(slots, values, strict=True):
+                for space, name in places:
+                    space[name] = value
+            yield
+        finally:
+            for space, name, tensor in own:
+                space[name] = tensor
 
 
 def _tensors_in(*trees: Any) -> Iterator[Tensor]:

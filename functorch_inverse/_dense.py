@@ -76,6 +76,7 @@ class _Factorise(Function):
     """A -> factors, without derivative: what uses them differentiates with respect to A itself."""
 
     @staticmethod
+    @_torch.signed
     def forward(matrix: Tensor, kind: Factorisation) -> tuple[Tensor, ...]:
         return kind.factor(matrix)
 
@@ -102,6 +103,7 @@ class _Solve(Function):
     """P b (or P^T b) from the factors of A; b has the shape (*batch, m, k)."""
 
     @staticmethod
+    @_torch.signed
     def forward(kind: Factorisation, transpose: bool, b: Tensor, matrix: Tensor, *factors: Tensor) -> Tensor:
         return kind.apply(factors, b, transpose)
 
@@ -176,6 +178,7 @@ class _LogAbsDet(Function):
     """log |det A| from the factors of A."""
 
     @staticmethod
+    @_torch.signed
     def forward(kind: Factorisation, matrix: Tensor, *factors: Tensor) -> Tensor:
         return kind.log_abs_det(factors)
 

@@ -56,9 +56,8 @@ class JacobianRule:
         """J^T v; theta receives nothing, since x stands for itself."""
 
         def pull(v: Optional) -> tuple[Tensors, Optional]:
-            with _torch.full_precision(y[0]):
-                full = [torch.zeros_like(t) if c is None else c for c, t in zip(v, y, strict=True)]
-                return self.pull(widen(full), widen(theta)), [None] * len(wanted)
+            full = [torch.zeros_like(t) if c is None else c for c, t in zip(v, y, strict=True)]
+            return self.pull(widen(full), widen(theta)), [None] * len(wanted)
 
         return pull
 

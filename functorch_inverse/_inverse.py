@@ -41,8 +41,7 @@ class InverseProblem(Problem):
         x_dims = event_dims(self.event_dim, target, x, self.caller, "event_dim")
         y, y_dims = values.leaves, _y_dims(self, given, values)
         batch = batch_shape(y, y_dims, self.caller, "y")
-        if not getattr(self.linear_solver, "rectangular", False):
-            _check_sizes(self.caller, Layout.of(x, x_dims), Layout.of(y, y_dims))
+        _check_sizes(self, x, y, x_dims, y_dims)
         x = tuple(lead(self.caller, t, d, batch) for t, d in zip(x, x_dims, strict=True))
         theta = (*given.arg_tensors, *values.constants, *captured.tensors)
         pick = Pick(self.caller, target)
@@ -111,8 +110,11 @@ def _check_integers(caller: str, given: Given, values: Values) -> None:
     )
 
 
-def _check_sizes(caller: str, x: Layout, y: Layout) -> None:
-    if (x.shapes, x.dtypes) == (y.shapes, y.dtypes) or x.size == y.size:
+def _check_sizes(problem: InverseProblem, xs: Tensors, ys: Tensors, x_dims: Sequence[int], y_dims: Sequence[int]) -> None:
+    if x_dims == y_dims and [(t.shape, t.dtype) for t in xs] == [(t.shape, t.dtype) for t in ys]:
+        return
+    x, y, caller = Layout.of(xs, x_dims), Layout.of(ys, y_dims), problem.caller
+    if x.size == y.size or getattr(problem.linear_solver, "rectangular", False):
         return
     more = (
         "More outputs than inputs: f(g(x)) = x does not determine the derivative of g"

@@ -7,13 +7,15 @@ Reverse mode throughout: torch's forward mode is not thread-safe, turns float32 
 then, is missing for some special functions, and cannot run inside a plain dual level.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
 from functorch_inverse import _torch
+from functorch_inverse._rows import jacobian_of_graph
 from functorch_inverse._vectors import real_dtype
 from functorch_inverse.errors import NoDerivativeError
 
@@ -58,6 +60,14 @@ class Pullback:
         """df/dy times one set of tangents, as the transpose of `to_y`."""
         raise NotImplementedError
 
+    def matrix(self) -> Tensor | None:
+        """df/dy of vectors (*batch, rows, columns), where it can be had at once."""
+        return None
+
+
+# Fewer are faster one by one.
+_MANY_ROWS = 6
+
 
 class _GraphPullback(Pullback):
     """From the graph of one plain evaluation."""
@@ -68,7 +78,7 @@ class _GraphPullback(Pullback):
         self.theta = [leaves[i].requires_grad_() for i in wanted]
         with torch.enable_grad():
             self.outputs = _evaluate(f, self.y, leaves)
-        _check_leaves(self.outputs, (*self.y, *self.theta))
+        self.nodes = _nodes(self.outputs, (*self.y, *self.theta))
         self.transposed: tuple[list[Tensor], tuple[Tensor, ...]] | None = None
 
     def push(self, tangents: Tensors) -> tuple[Tensor, ...]:
@@ -80,6 +90,13 @@ class _GraphPullback(Pullback):
         zeros, pulled = self.transposed
         return torch.autograd.grad(pulled, zeros, tuple(tangents), retain_graph=True, materialize_grads=True)
 
+    def matrix(self) -> Tensor | None:
+        if self.outputs[0].shape[-1] < _MANY_ROWS:
+            return None
+        # A backward written in Python may look at what it is given.
+        known = not any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in self.nodes)
+        return jacobian_of_graph(self.outputs[0], self.y[0]) if known else None
+
     def to_y(self, cotangents: Tensors) -> tuple[Tensor, ...]:
         return self._grad(self.y, cotangents)
 
@@ -87,9 +104,9 @@ class _GraphPullback(Pullback):
         return self._grad(self.theta, cotangents)
 
     def _grad(self, inputs: list[Tensor], cotangents: Tensors) -> tuple[Tensor, ...]:
-        pairs = [(o, c) for o, c in zip(self.outputs, cotangents, strict=True) if o.requires_grad]
-        outputs, grads = zip(*pairs, strict=True)
-        return _torch.graph_grad(outputs, inputs, grads)
+        live = [o.requires_grad for o in self.outputs]
+        outputs, grads = itertools.compress(self.outputs, live), itertools.compress(cotangents, live)
+        return _torch.graph_grad(tuple(outputs), tuple(inputs), tuple(grads))
 
 
 class _OpenPullback(_GraphPullback):
@@ -105,7 +122,10 @@ class _OpenPullback(_GraphPullback):
             self.y = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in y]
             self.outputs = _evaluate(f, self.y, ())
         # Where nothing but y itself is tracked, nobody outside waits for a graph.
-        self.closed = not any(t.requires_grad for t in y) and next(_foreign_leaves(self.outputs, self.y), None) is None
+        self.closed = not any(t.requires_grad for t in y) and _graph(self.outputs, self.y)[1] is None
+
+    def matrix(self) -> Tensor | None:
+        return None
 
     def _grad(self, inputs: list[Tensor], cotangents: Tensors) -> tuple[Tensor, ...]:
         with torch.inference_mode(False), torch.enable_grad():
@@ -185,27 +205,32 @@ def _evaluate(f: Function, y: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
     return outputs
 
 
-def _check_leaves(outputs: Tensors, known: Tensors) -> None:
-    """NoDerivativeError where the graph ends in a tensor that nobody differentiates."""
-    foreign = next(_foreign_leaves(outputs, known), None)
+def _nodes(outputs: Tensors, known: Tensors) -> list[Any]:
+    """The graph, or NoDerivativeError where it ends in a tensor that nobody differentiates."""
+    graph, foreign = _graph(outputs, known)
     if foreign is not None:
         raise NoDerivativeError(
             f"f read a live tensor of shape {tuple(foreign.shape)} that nobody could see when g was called, so its "
             "derivative would be lost. Hand it over as an argument: g(x, tensor) with f(y, tensor)."
         )
+    return graph
 
 
-def _foreign_leaves(outputs: Tensors, known: Tensors) -> Iterator[Tensor]:
-    """The leaves of a graph that are not known."""
+def _graph(outputs: Tensors, known: Tensors) -> tuple[list[Any], Tensor | None]:
+    """The nodes of a graph, and a leaf that is not known, if there is one."""
     expected: set[int] = {id(t) for t in known}
+    foreign: Tensor | None = None
     seen: set[Any] = set()
-    queue = [out.grad_fn for out in outputs if out.grad_fn is not None]
+    queue: list[Any] = [out.grad_fn for out in outputs if out.grad_fn is not None]
     for node in queue:  # grows while it is walked
         variable = getattr(node, "variable", None)
         if variable is not None and id(variable) not in expected:
-            yield variable
-        queue.extend(n for n, _ in node.next_functions if n is not None and n not in seen)
-        seen.update(n for n, _ in node.next_functions)
+            foreign = variable
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                queue.append(following)
+    return queue, foreign
 
 
 def jacobian(pull: Callable[[Tensor], Tensor], batch: Sequence[int], rows: int, like: Tensor, *, plain: bool = False) -> Tensor:

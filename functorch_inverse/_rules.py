@@ -49,7 +49,7 @@ class Rule(Protocol):
         ...
 
     def vjp(self, y: Tensors, theta: Tensors, x: Layout, wanted: Sequence[int]) -> Pull:
-        """The map from cotangents v of y to what x, and the wanted theta, receive."""
+        """The map from cotangents v of y to what x, and the wanted theta, receive; both in full precision."""
         ...
 
     def jvp(self, y: Tensors, theta: Tensors, dx: Tensors, dtheta: Optional) -> tuple[Tensor, ...]:
@@ -86,20 +86,18 @@ class ImplicitRule:
 
         x's part has the batch shape of y and the layout `x`.
         """
-        with _torch.full_precision(y[0]):
-            A = self._at(y, theta, x, wanted)
-            return functools.partial(self._pull, A, self._factors(A), len(x.shapes), [theta[i].dtype for i in wanted])
+        A = self._at(y, theta, x, wanted)
+        return functools.partial(self._pull, A, self._factors(A), len(x.shapes), [theta[i].dtype for i in wanted])
 
     def _pull(
         self, A: JacobianOperator, factors: Any, n_x: int, dtypes: Sequence[torch.dtype], v: Optional
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        with _torch.full_precision(A.y[0]):
-            v = widen([torch.zeros_like(t) if c is None else c for c, t in zip(v, A.y, strict=True)])
-            u = self._solve(A, factors, v, transpose=True)
-            if not dtypes:
-                return u[:n_x], ()
-            received = A.pullback.to_theta(tuple(-t.to(o.dtype) for t, o in zip(u, A.pullback.outputs, strict=True)))
-            return u[:n_x], tuple(t.to(d) for t, d in zip(received, dtypes, strict=True))
+        v = widen([torch.zeros_like(t) if c is None else c for c, t in zip(v, A.y, strict=True)])
+        u = self._solve(A, factors, v, transpose=True)
+        if not dtypes:
+            return u[:n_x], ()
+        received = A.pullback.to_theta(tuple(-t.to(o.dtype) for t, o in zip(u, A.pullback.outputs, strict=True)))
+        return u[:n_x], tuple(t.to(d) for t, d in zip(received, dtypes, strict=True))
 
     def jvp(self, y: Tensors, theta: Tensors, dx: Tensors, dtheta: Optional) -> tuple[Tensor, ...]:
         """The tangents of y."""
@@ -146,7 +144,7 @@ class ImplicitRule:
     def residual_step(self, y: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
         """A^-1 r: how far y is from the root of the residual, to first order."""
         with _torch.full_precision(y[0]):
-            A = self._at(y, theta, Layout((), ()))
+            A = self._at(y, theta, Layout((), (), ()))
             return self._solve(A, self._factors(A), A.pullback.outputs, transpose=False)
 
     def _at(self, y: Tensors, theta: Tensors, x: Layout, wanted: Sequence[int] = ()) -> JacobianOperator:
@@ -208,7 +206,8 @@ def undefined(live: Tensors, mask: Tensor) -> Tensor:
 
 def widen(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Half precision in float32, everything else as it is."""
-    return tuple(t.to(_WIDER.get(t.dtype, t.dtype)) for t in tensors)
+    # Also where nothing changes: an operation takes off what a closed transform left around a saved tensor.
+    return tuple([t.to(_WIDER.get(t.dtype, t.dtype)) for t in tensors])
 
 
 _WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from functorch_inverse import _torch
 from functorch_inverse.errors import SingularJacobianError
 
 __all__ = ["named", "raise_if_singular", "singular", "suspect"]
@@ -14,10 +15,15 @@ def _rounding(lu: Tensor) -> float:
 
 def suspect(matrix: Tensor, lu: Tensor) -> Tensor:
     """Which matrices are worth a closer look: where all pivots are of the size of their columns, nothing was lost."""
-    if not lu.shape[-1]:
+    if not lu.numel():
         return lu.new_zeros(lu.shape[:-2], dtype=torch.bool)
-    kept = lu.diagonal(dim1=-2, dim2=-1).abs() / matrix.abs().amax(-2)
-    return ~(kept.prod(-1) > 1e4 * _rounding(lu))
+    pivots, needed = lu.diagonal(dim1=-2, dim2=-1).abs(), 1e4 * _rounding(lu)
+    smallest, largest = matrix.aminmax()
+    size = torch.maximum(largest, -smallest)  # of the largest column of all: most often that says enough
+    doubtful = ~((pivots / size).prod(-1) > needed)
+    if not (_torch.can_inspect(doubtful) and not doubtful.any()):
+        doubtful = ~((pivots / matrix.abs().amax(-2)).prod(-1) > needed)
+    return doubtful
 
 
 # The computed factors are exact for some A + E with |E| <= n eps |L||U|. So A cannot be told from a singular

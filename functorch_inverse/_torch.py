@@ -3,9 +3,10 @@
 A new torch that renames one of them breaks here, at import, and says so.
 """
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ try:
     from torch._C import (
         DisableTorchFunction,
         _are_functorch_transforms_active,
+        _disabled_torch_function_impl,
         _functorch,
         _get_dispatch_mode,
         _is_fwd_grad_enabled,
@@ -37,10 +39,7 @@ try:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     # A small backward pass without the checks of torch.autograd.grad, which cost as much again.
-    from torch.autograd.graph import _engine_run_backward
-
-    # Parameters of a module made explicit, also where the module's own forward is running.
-    from torch.nn.utils.stateless import _reparametrize_module
+    from torch.autograd.variable import Variable
 
     # The containers in which torch functions take and return tensors.
     from torch.utils._pytree import tree_leaves, tree_map
@@ -52,6 +51,8 @@ except (ImportError, AttributeError) as error:
         f"functorch_inverse supports torch >= 2.11; torch {torch.__version__} differs in a private "
         f"name that it relies on ({error}). Install another torch, or report this version."
     ) from error
+
+Tensors: TypeAlias = tuple[Tensor, ...]
 
 __all__ = [
     "at_current_level",
@@ -71,19 +72,22 @@ __all__ = [
     "is_open",
     "is_wrapped",
     "level",
+    "no_torch_function",
     "outside_inference_mode",
     "own_saved_tensors",
     "plain",
     "primal",
-    "reparametrize",
+    "signed",
     "traced_derivatives_possible",
     "traced_transforms",
     "transforms_active",
     "tree_leaves",
     "tree_map",
+    "wrapper",
 ]
 
-reparametrize = _reparametrize_module
+no_torch_function: Any = _disabled_torch_function_impl
+_run_backward: Any = Variable._execution_engine.run_backward
 is_wrapped = _functorch.is_functorch_wrapped_tensor
 
 # The vmap of is_grads_batched and torch.autograd.functional, which does not ask a Function for its rule: its tensors
@@ -134,12 +138,10 @@ def _tracked(tensor: Tensor) -> bool:
     )
 
 
-def graph_grad(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def graph_grad(outputs: Tensors, inputs: Tensors, cotangents: Tensors) -> Tensors:
     """torch.autograd.grad of a graph that stays, with zeros where an input is not reached."""
-    grads = _engine_run_backward(
-        tuple(outputs), tuple(cotangents), True, False, tuple(inputs), allow_unreachable=True, accumulate_grad=False
-    )
-    return tuple(torch.zeros_like(t) if g is None else g for t, g in zip(inputs, grads, strict=True))
+    grads = _run_backward(outputs, cotangents, True, False, inputs, allow_unreachable=True, accumulate_grad=False)
+    return tuple([torch.zeros_like(t) if g is None else g for t, g in zip(inputs, grads, strict=True)])
 
 
 def is_live(tensor: Tensor) -> bool:
@@ -225,6 +227,17 @@ def forward_mode_available() -> bool:
     return not torch.compiler.is_dynamo_compiling() and not plain_level
 
 
+def signed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` of an autograd.Function with its signature at hand, which torch asks for at every call."""
+    function.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+    return function
+
+
+def wrapper(cls: Any, shape: Any, like: Tensor) -> Any:
+    """A tensor without data that calls `__torch_dispatch__` of its class."""
+    return Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
+
+
 def fake_mode() -> AbstractContextManager[Any]:
     """Tensors made inside have a shape, a dtype and a device, and no data."""
     return FakeTensorMode(allow_non_fake_inputs=True)
@@ -265,6 +278,8 @@ def primal(tensor: Tensor | None) -> Tensor | None:
 def full_precision(tensor: Tensor) -> AbstractContextManager[None]:
     """Autocast switched off: derivatives are computed in the precision of their inputs."""
     kind = tensor.device.type
+    if kind == "cpu" and not torch.is_autocast_enabled(kind):
+        return nullcontext()
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return nullcontext()

@@ -7,6 +7,7 @@ A solve whose inside cannot be differentiated (an iteration) gets its derivative
     A u = b    =>    A du = db - dA u
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
@@ -88,10 +89,18 @@ class JacobianOperator:
         self.batch = batch_shape(y, equation.y_dims, equation.caller, "y")
         # None: f reads everything but y by itself, in the open graph.
         self.pullback = Pullback.open(equation.f, y) if wanted is None else Pullback.of(equation.f, y, theta, wanted)
-        outputs = self.pullback.outputs
-        self.inputs = Layout.of(y, equation.y_dims)
-        self.outputs = Layout.of(outputs, equation.x_dims or _root_dims(equation, outputs, self.batch))
+        self.x_dims = equation.x_dims or _root_dims(equation, self.pullback.outputs, self.batch)
         self.frozen = False
+
+    @functools.cached_property
+    def inputs(self) -> Layout:
+        """The leaves of y in a vector that A is applied to."""
+        return Layout.of(self.y, self.equation.y_dims)
+
+    @functools.cached_property
+    def outputs(self) -> Layout:
+        """The leaves of f(y) in a vector that A gives."""
+        return Layout.of(self.pullback.outputs, self.x_dims)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -101,7 +110,8 @@ class JacobianOperator:
     @property
     def elementwise(self) -> bool:
         """One real number a sample: A is a derivative, not a matrix, and 1 / 0 is inf as in torch."""
-        return self.equation.y_dims == (0,) and self.outputs.shapes == ((),) and self.shape == (1, 1)
+        real = not any(t.is_complex() for t in (*self.y, *self.pullback.outputs))
+        return real and self.equation.y_dims == self.x_dims == (0,)
 
     def derivative(self) -> Tensor:
         """The numbers of an elementwise A."""
@@ -110,9 +120,10 @@ class JacobianOperator:
         return self._froze(self.pullback.to_y((ones,))[0])
 
     def as_matrix(self) -> Tensor:
-        """A of shape (*batch, rows, columns), by one pass of f backward for each row."""
-        A = self.pullback
-        matrix = jacobian(self._pull, self.batch, self.outputs.size, A.outputs[0], plain=A.in_open_graph)
+        """A of shape (*batch, rows, columns), by one pass of f backward for each row, or at once."""
+        A, vectors = self.pullback, self.inputs.is_vector and self.outputs.is_vector
+        if not vectors or (matrix := A.matrix()) is None:
+            matrix = jacobian(self._pull, self.batch, self.outputs.size, A.outputs[0], plain=A.in_open_graph)
         return self._froze(matrix.float() if matrix.dtype in (torch.float16, torch.bfloat16) else matrix)
 
     def rows(self, cotangents: Tensor) -> Tensor:
