@@ -23,7 +23,7 @@ __all__ = ["attach"]
 def attach(rule: Rule, y: Tensors, x: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
     """The values y with the derivatives of `rule` to x and theta."""
     if torch.compiler.is_dynamo_compiling():
-        return rule.reattach(y, x, theta, _torch.derivative_order())
+        return _traced(rule, y, x, theta)
     tensors = (*y, *x, *theta)
     # Announced as a torch function, so that a rule inside another rule's f can be followed.
     if _torch.function_mode_active():
@@ -31,12 +31,45 @@ def attach(rule: Rule, y: Tensors, x: Tensors, theta: Tensors) -> tuple[Tensor, 
     return _apply(rule, len(y), len(x), tensors)
 
 
+def _traced(rule: Rule, y: Tensors, x: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
+    if _torch.traced_transforms() or rule.reads_more(y, theta):
+        return rule.reattach(y, x, theta, _torch.derivative_order())
+    # With no transform open, AOTAutograd differentiates once, and keeps what only a backward needs out of the forward.
+    wanted = tuple(i for i, t in enumerate(theta) if t.requires_grad)
+    return _Once.apply(rule, len(y), len(x), wanted, *y, *x, *theta)
+
+
+class _Once(Function):
+    """The first derivative alone."""
+
+    @staticmethod
+    def forward(ctx: Any, rule: Rule, n_y: int, n_x: int, wanted: tuple[int, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+        output = tuple(t.detach().clone() for t in tensors[:n_y])
+        ctx.rule, ctx.n_y, ctx.n_x, ctx.wanted = rule, n_y, n_x, wanted
+        ctx.save_for_backward(*output, *tensors[n_y:])
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *v: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        y, x, theta = saved[: ctx.n_y], saved[ctx.n_y : ctx.n_y + ctx.n_x], saved[ctx.n_y + ctx.n_x :]
+        layout = Layout.of(x, ctx.rule.x_dims)
+        u, received = ctx.rule.vjp(y, theta, layout, list(ctx.wanted))(v)
+        grads: list[Tensor | None] = [None] * len(theta)
+        for i, t in zip(ctx.wanted, received, strict=True):
+            grads[i] = t
+        own = [t.to(d) for t, d in zip(u, layout.dtypes, strict=True)]
+        return (None, None, None, None, *[None] * ctx.n_y, *own, *grads)
+
+
 def _apply(rule: Rule, n_y: int, n_x: int, tensors: Tensors) -> tuple[Tensor, ...]:
-    return _Attach.apply(rule, n_y, n_x, *tensors)
+    function = _Attach if _torch.transforms_active() else _Plain
+    return function.apply(rule, n_y, n_x, *tensors)
 
 
 class _Attach(Function):
     @staticmethod
+    @_torch.signed
     def forward(rule: Rule, n_y: int, n_x: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(t.detach() for t in tensors[:n_y])
 
@@ -44,7 +77,7 @@ class _Attach(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         rule, n_y, n_x, *tensors = inputs
         x, theta = tensors[n_y : n_y + n_x], tensors[n_y + n_x :]
-        ctx.rule, ctx.n_y, ctx.n_x = rule, n_y, n_x
+        ctx.rule, ctx.n_y, ctx.n_x, ctx.kept = rule, n_y, n_x, (None, None)
         ctx.x, ctx.x_shapes = Layout.of(x, rule.x_dims), [t.shape for t in x]
         # y is saved as an output: its own dependence on x and theta gives the higher orders.
         ctx.save_for_backward(*output, *theta)
@@ -59,7 +92,12 @@ class _Attach(Function):
         saved, first = ctx.saved_tensors, 3 + ctx.n_y
         y, theta = saved[: ctx.n_y], saved[ctx.n_y :]
         wanted = [i for i in range(len(theta)) if ctx.needs_input_grad[first + ctx.n_x + i]]
-        u, received = ctx.rule.vjp(y, theta, ctx.x, v, wanted)
+        plain = _torch.plain()
+        with _torch.full_precision(y[0]):
+            pull = ctx.kept[1] if plain and ctx.kept[0] == wanted else ctx.rule.vjp(y, theta, ctx.x, wanted)
+            u, received = pull(v)
+        # The factors serve the next backward of this node, and go with the graph.
+        ctx.kept = (wanted, pull) if plain and _torch.graph_is_kept() else (None, None)
         for i, (t, dtype) in enumerate(zip(u, ctx.x.dtypes, strict=True)):
             if ctx.needs_input_grad[first + i]:
                 nothing[first + i] = t.to(dtype)
@@ -90,3 +128,15 @@ class _Attach(Function):
         ]
         batched = rule.batched([d is not None for d in dims[n_y + n_x :]], info.randomness)
         return _Attach.apply(batched, n_y, n_x, *led), (0,) * n_y
+
+
+class _Plain(Function):
+    """The same where no transform is open: without `setup_context` torch calls it in half the time."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _Attach.forward(*inputs)
+        _Attach.setup_context(ctx, inputs, output)
+        return output
+
+    backward, jvp = staticmethod(_Attach.backward), staticmethod(_Attach.jvp)

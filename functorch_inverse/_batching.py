@@ -36,6 +36,7 @@ class _Values(Function):
     """Values without derivative; its only rule is how they are batched."""
 
     @staticmethod
+    @_torch.signed
     def forward(box: BlackBox, *tensors: Tensor) -> tuple[Tensor, ...]:
         return box(*(t.detach() for t in tensors))
 

@@ -38,6 +38,13 @@ class Problem:
     probes: ClassVar[bool] = True
     # Whether nothing but x has a derivative.
     x_alone: ClassVar[bool] = False
+    # Whether y depends on all arguments alike, and there is no x.
+    rooted: ClassVar[bool] = False
+
+    @property
+    def returns_more(self) -> bool:
+        """Whether g returns (y, something else)."""
+        return self.has_aux
 
     def refuse_lost(self, given: "Given") -> None:
         """NoDerivativeError where a derivative flows into something that the evidence says nothing about."""
@@ -70,22 +77,19 @@ class Given:
     x_tensors: tuple[Tensor, ...]
     arg_tensors: tuple[Tensor, ...]
     kwarg_tensors: tuple[Tensor, ...]
+    # What y takes after: the first floating tensor, those of x before the others.
+    like: Tensor | None
 
     @classmethod
     def of(cls, x: Tree, args: tuple[Tree, ...], kwargs: dict[str, Any]) -> "Given":
-        keys = tuple(kwargs)
         parts = [Partition.of(tree) for tree in (x, args, tuple(kwargs.values()))]
-        tensors = [tuple(map(standing_for, found)) for _, found in parts]
-        return cls(parts[0][0], parts[1][0], keys, parts[2][0], *tensors)
+        xs, others, more = [tuple([standing_for(t) for t in found]) for _, found in parts]
+        like = next((t for t in (*xs, *others, *more) if is_differentiable(t)), None)
+        return cls(parts[0][0], parts[1][0], tuple(kwargs), parts[2][0], xs, others, more, like)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return (*self.x_tensors, *self.arg_tensors, *self.kwarg_tensors)
-
-    @property
-    def like(self) -> Tensor | None:
-        """What y takes after: the first floating tensor, those of x before the others."""
-        return next((t for t in self.tensors if is_differentiable(t)), None)
 
     def call(self, g: Callable[..., Any], tensors: Tensors) -> Any:
         """g at other values of the tensors."""
@@ -104,11 +108,8 @@ def _eager(problem: Problem, given: Given) -> Tree:
         _refuse_live_keyword(problem.caller)
     problem.refuse_lost(given)
     captured = Captured.of((problem.evidence,), _wanted(given))
-    seen = captured.complete or not problem.probes
-    if seen and not (problem.check or _torch.transforms_active() or live((*given.tensors, *captured.tensors))):
-        return _evaluate(problem, given).result()
     values = _evaluate(problem, given)
-    if not seen:
+    if not captured.complete and problem.probes:
         captured = captured.including(_watched(problem, given, values, captured))
     if not (problem.check or live((*given.x_tensors, *given.arg_tensors, *captured.tensors))):
         return values.result()
@@ -133,15 +134,17 @@ def _traced(problem: Problem, given: Given) -> Tree:
 
 def live(tensors: Tensors) -> bool:
     """Whether a derivative flows through any of the tensors."""
-    return any(is_differentiable(t) and _torch.is_live(t) for t in tensors)
+    return bool(tensors) and any(is_differentiable(t) and _torch.is_live(t) for t in tensors)
+
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def _wanted(given: Given) -> Callable[[Tensor], bool]:
     """Which captured tensors become inputs; in half precision all, since f runs in float32."""
-    half = (torch.float16, torch.bfloat16)
-    if given.like is None or given.like.dtype not in half:
+    if given.like is None or given.like.dtype not in _HALF:
         return _torch.is_open
-    return lambda t: t.dtype in half or _torch.is_open(t)
+    return lambda t: t.dtype in _HALF or _torch.is_open(t)
 
 
 def _watched(problem: Problem, given: Given, values: "Values", captured: Captured) -> list[Tensor]:
@@ -167,27 +170,24 @@ class Values:
 
     y: Partition
     tensors: tuple[Tensor, ...]
+    differentiable: tuple[bool, ...]
     aux: tuple[Tree, ...]
     traced: tuple[Tensor, ...] = ()
 
     @property
     def constants(self) -> tuple[Tensor, ...]:
         """The leaves of y without derivative."""
-        return tuple(t for t in self.tensors if not is_differentiable(t))
+        return tuple([t for t, flag in zip(self.tensors, self.differentiable, strict=True) if not flag])
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
         """The leaves of y with derivative."""
-        return tuple(t for t in self.tensors if is_differentiable(t))
+        return tuple([t for t, flag in zip(self.tensors, self.differentiable, strict=True) if flag])
 
     @property
     def differentiable_part(self) -> Partition:
         """The structure of y, with the leaves that have a derivative as its chosen ones."""
         return Partition.of(self.y.join(self.tensors), is_differentiable)[0]
-
-    @property
-    def differentiable(self) -> tuple[bool, ...]:
-        return tuple(is_differentiable(t) for t in self.tensors)
 
     def result(self, leaves: Tensors | None = None) -> Tree:
         """What the caller gets: y, or (y, aux)."""
@@ -197,6 +197,8 @@ class Values:
 
 def merge(first: Sequence[bool], yes: Tensors, no: Tensors) -> list[Tensor]:
     """Two sequences put back into one order."""
+    if not no:
+        return list(yes)
     ones, others = iter(yes), iter(no)
     return [next(ones) if flag else next(others) for flag in first]
 
@@ -205,19 +207,21 @@ def _evaluate(problem: Problem, given: Given) -> Values:
     tracing = torch.compiler.is_dynamo_compiling()
     captured = Captured() if tracing else Captured.of((problem.g,))
     part, x = Partition.of(given.x.join(given.x_tensors), is_differentiable)
-    dims = event_dims(problem.event_dim, part, x, problem.caller, "event_dim")
+    event_dim = None if problem.rooted else problem.event_dim
+    dims = event_dims(event_dim, part, x, problem.caller, "event_dim")
     # A leaf without an event dim beside leaves with one is shared by all samples, like a further argument.
-    said = prefix_values(problem.event_dim, part, x, problem.caller, "event_dim")
+    said = prefix_values(event_dim, part, x, problem.caller, "event_dim")
     own = [place for place, dim in zip(part.places, said, strict=True) if dim is not None]
-    default: VmapMethod = "sequential" if problem.event_dim is None else "broadcast"
+    x_places = tuple(k for k, place in enumerate(given.x.places) if place in own or not own)
+    default: VmapMethod = "sequential" if event_dim is None else "broadcast"
     box = BlackBox(
         caller=problem.caller,
         call=lambda tensors: given.call(problem.g, tensors),
         captured=captured,
-        has_aux=problem.has_aux,
+        has_aux=problem.returns_more,
         method=problem.vmap_method or default,
         x_only=problem.vmap_method is None,
-        x_places=tuple(k for k, place in enumerate(given.x.places) if place in own or not own),
+        x_places=tuple(range(len(given.tensors))) if problem.rooted else x_places,
         batch_dims=tuple(t.ndim - d for t, d in zip(x, dims, strict=True)),
         like=None if problem.keeps_dtypes else given.like,
         outcome=Outcome(),
@@ -232,5 +236,6 @@ def _unpack(box: BlackBox, outputs: Tensors) -> Values:
     y, aux = box.outcome.y, box.outcome.aux
     assert y is not None
     n = len(y.places)
+    tensors = tuple(outputs[:n])
     extra = () if aux is None else (aux.join(outputs[n:]),)
-    return Values(y, tuple(outputs[:n]), extra, box.outcome.traced)
+    return Values(y, tensors, tuple(map(is_differentiable, tensors)), extra, box.outcome.traced)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from functorch_inverse import _torch
-from functorch_inverse._reach import Reach, state_of
+from functorch_inverse._reach import Reach, Slots, slots_of
 from functorch_inverse.errors import NoDerivativeError
 
 __all__ = ["Captured", "standing_for", "watch"]
@@ -38,7 +38,7 @@ _ACTIVE = _Active()
 
 def standing_for(tensor: Tensor) -> Tensor:
     """What a tensor means here: inside the f or g of a rule, a captured one is what the rule put in its place."""
-    if torch.compiler.is_dynamo_compiling():
+    if torch.compiler.is_dynamo_compiling() or not _ACTIVE.tables:
         return tensor
     return next((t[id(tensor)] for t in reversed(_ACTIVE.tables) if id(tensor) in t), tensor)
 
@@ -58,73 +58,76 @@ class Captured:
     """
 
     functions: tuple[Any, ...] = ()
-    modules: tuple[tuple[nn.Module, tuple[str, ...]], ...] = ()
+    slots: tuple[Slots, ...] = ()
     loose: tuple[Tensor, ...] = ()
     reached: tuple[tuple[Any, int], ...] = ()
     complete: bool = True
+    # The present values, in the order in which `running` takes them.
+    tensors: tuple[Tensor, ...] = ()
 
     @classmethod
     def of(cls, functions: Sequence[Any], wanted: Callable[[Tensor], bool] = _torch.is_open) -> "Captured":
         """The wanted tensors that some functions reach."""
         reach = Reach.of(*functions)
+        if not (reach.modules or reach.tensors):
+            return cls(tuple(functions), complete=reach.complete)
         with _unswapped(reach.modules):
-            states = [(m, state_of(m)) for m in reach.modules]
+            held = slots_of(reach.modules)
+        known = {id(t) for t, _ in held}
+        state = [(t, slots) for t, slots in held if wanted(t) or _swapped_in(t)]
 
         def explicit(tensor: Tensor) -> bool:
             meant = standing_for(tensor)
-            return meant is not tensor or wanted(meant)
+            return id(tensor) not in known and (meant is not tensor or wanted(meant))
 
-        slots = [(m, tuple(n for n, t in state.items() if wanted(t) or _swapped_in(t))) for m, state in states]
-        known = {id(t) for _, state in states for t in state.values()}
-        loose = {id(t): t for t in reach.tensors if id(t) not in known and explicit(t)}
-        reached = tuple((found, _version(found)) for found in (*reach.modules, *reach.tensors))
-        return cls(tuple(functions), tuple(s for s in slots if s[1]), tuple(loose.values()), reached, reach.complete)
+        loose = tuple(t for t in reach.tensors if explicit(t))
+        return cls(
+            functions=tuple(functions),
+            slots=tuple(slots for _, slots in state),
+            loose=loose,
+            reached=tuple((found, _version(found)) for found in (*reach.modules, *reach.tensors)),
+            complete=reach.complete,
+            tensors=(*(t for t, _ in state), *map(standing_for, loose)),
+        )
 
     def including(self, tensors: Sequence[Tensor]) -> "Captured":
         """With more loose tensors."""
         known = {id(t) for t in (*self.tensors, *self.loose)}
-        return replace(self, loose=(*self.loose, *(t for t in tensors if id(t) not in known)))
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The present values, in the order in which `running` takes them."""
-        with _unswapped(self.modules):
-            states = [(state_of(m), names) for m, names in self.modules]
-        return (*(state[name] for state, names in states for name in names), *map(standing_for, self.loose))
+        new = tuple(t for t in tensors if id(t) not in known)
+        return replace(self, loose=(*self.loose, *new), tensors=(*self.tensors, *map(standing_for, new)))
 
     @property
     def count(self) -> int:
         """How many tensors were captured."""
-        return sum(len(names) for _, names in self.modules) + len(self.loose)
+        return len(self.tensors)
 
-    @contextmanager
-    def running(self, values: Sequence[Tensor], given: Sequence[Tensor] = ()) -> Iterator[None]:
+    def running(self, values: Sequence[Tensor], given: Sequence[Tensor] = ()) -> AbstractContextManager[None]:
         """Let every function called inside read these values instead.
 
         What it reads from below the level of these values and of what it was given is an error.
         """
         if torch.compiler.is_dynamo_compiling():  # f runs in the open graph
-            yield
-            return
-        self._verify()
+            return nullcontext()
+        level = min((_torch.level(t) for t in (*values, *given)), default=-1) if _torch.transforms_active() else -1
+        return self._running(values, level) if values or level > 0 else nullcontext()
+
+    @contextmanager
+    def _running(self, values: Sequence[Tensor], level: int) -> Iterator[None]:
+        n = len(self.slots)
         with ExitStack() as stack:
-            rest = list(values)
-            if self.modules:
-                stack.enter_context(_SWAPPING)
-            for module, names in self.modules:
-                state = {name: rest.pop(0) for name in names}
-                stack.enter_context(_torch.reparametrize(module, state, tie_weights=True))
-            levels = [_torch.level(t) for t in (*values, *given)]
-            level = min(levels) if levels else -1
+            if n:
+                stack.enter_context(_swapped(self.slots, values[:n]))
             if self.loose or level > 0:
-                stack.enter_context(_Substitute(self.loose, rest, level))
+                stack.enter_context(_Substitute(self.loose, values[n:], level))
             yield
 
-    def _verify(self) -> None:
+    def verify(self) -> None:
         """NoDerivativeError where the functions read something else than when this was captured."""
-        if not self.functions:
+        if not self.functions or torch.compiler.is_dynamo_compiling():
             return
         reach = Reach.of(*self.functions)
+        if not (self.reached or reach.modules or reach.tensors):
+            return
         before, now = {id(found) for found, _ in self.reached}, {id(t): t for t in (*reach.modules, *reach.tensors)}
         new = [found for key, found in now.items() if key not in before]
         lost = new and not before <= now.keys()
@@ -158,6 +161,21 @@ _SWAPPING = threading.RLock()
 def _unswapped(modules: Sequence[Any]) -> AbstractContextManager[Any]:
     """While modules are looked into, no other thread swaps their parameters."""
     return _SWAPPING if modules and not torch.compiler.is_dynamo_compiling() else nullcontext()
+
+
+@contextmanager
+def _swapped(slots: Sequence[Slots], values: Sequence[Tensor]) -> Iterator[None]:
+    """Other values in the places of parameters and buffers, also where the module's own forward is running."""
+    with _SWAPPING:
+        own = [(space, name, space.get(name)) for places in slots for space, name in places]
+        try:
+            for places, value in zip(slots, values, strict=True):
+                for space, name in places:
+                    space[name] = value
+            yield
+        finally:
+            for space, name, tensor in own:
+                space[name] = tensor
 
 
 def _tensors_in(*trees: Any) -> Iterator[Tensor]:

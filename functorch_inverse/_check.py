@@ -1,17 +1,17 @@
-"""`check=`: is f(g(x)) really x?"""
+"""`check=`: is f(g(x)) really x, is y really a root?"""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
-from functorch_inverse import _torch
+from functorch_inverse._inspect import inspect
 from functorch_inverse._vectors import Layout, real_dtype
 from functorch_inverse.errors import ResidualError
 
-__all__ = ["check_residual"]
+__all__ = ["check_residual", "check_root"]
 
 Tensors = Sequence[Tensor]
 
@@ -38,7 +38,32 @@ def check_residual(caller: str, check: bool | float, got: Tensors, x: Tensors, y
         # nan in, nan out is no mistake of f; nan from finite numbers is.
         error = torch.where(wanted.isfinite().all(-1), error.nan_to_num(nan=torch.inf), 0)
         allowed = allowed.nan_to_num(nan=0.0)
-        _Inspect.apply(caller, tolerance, error.detach(), allowed.detach())
+        inspect(partial(_compare, _INVERSE.format(caller=caller), tolerance), error, allowed)
+
+
+def check_root(caller: str, check: bool | float, step: Tensors, y: Tensors, dims: Sequence[int]) -> None:
+    """ResidualError where a Newton step would move y by more than the relative tolerance."""
+    with torch.no_grad():
+        batch = y[0].shape[: y[0].ndim - dims[0]]
+        eps = torch.finfo(_torch_real(y)).eps
+        tolerance = eps**0.5 if check is True else float(check)
+        error, size = (_largest(_pack(t, dims, batch)) for t in (step, y))
+        # nan in y is no mistake of the residual; nan from finite numbers is.
+        error = torch.where(size.isfinite(), error.nan_to_num(nan=torch.inf), 0)
+        allowed = tolerance * size.nan_to_num(nan=0.0) + 16 * eps * torch.where(size == 0, 1, size).nan_to_num(nan=0.0)
+        inspect(partial(_compare, _ROOT.format(caller=caller), tolerance), error, allowed)
+
+
+_INVERSE = (
+    "`{caller}`: f(g(x)) is not x in {{bad}}, where f(g(x)) - x is {{error}} and {{tolerance}} relative ({{allowed}}) is "
+    "allowed. Either f is not the inverse of g, g did not converge, or the tolerance is too small: check=1e-3, say, asks "
+    "for less."
+)
+_ROOT = (
+    "`{caller}`: the residual is not zero at y in {{bad}}, where a Newton step moves y by {{error}} and {{tolerance}} relative "
+    "({{allowed}}) is allowed. Either the residual is not that of `solve`, `solve` did not converge, or the tolerance is too "
+    "small: check=1e-3, say, asks for less."
+)
 
 
 def _torch_real(x: Tensors) -> torch.dtype:
@@ -54,34 +79,16 @@ def _largest(vectors: Tensor) -> Tensor:
     return vectors.abs().amax(-1) if vectors.shape[-1] else vectors.sum(-1)
 
 
-class _Inspect(Function):
-    """Look at errors with all vmapped dims in place, outermost first."""
-
-    @staticmethod
-    def forward(caller: str, tolerance: float, error: Tensor, allowed: Tensor) -> Tensor:
-        bad = error > allowed
-        if _torch.can_inspect(bad) and bad.any():
-            _raise(caller, tolerance, error, allowed, bad)
-        return error.new_zeros(())
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.mark_non_differentiable(output)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, caller: str, tolerance: float, *tensors: Tensor) -> tuple[Tensor, None]:
-        moved = [
-            t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0)
-            for t, d in zip(tensors, in_dims[2:], strict=True)
-        ]
-        return _Inspect.apply(caller, tolerance, *moved), None
-
-
-def _raise(caller: str, tolerance: float, error: Tensor, allowed: Tensor, bad: Tensor) -> None:
+def _compare(text: str, tolerance: float, error: Tensor, allowed: Tensor) -> None:
+    bad = error > allowed
+    if not bad.any():
+        return
     worst = int((error / allowed).nan_to_num(nan=0.0, posinf=torch.inf).where(bad, 0).argmax())
     raise ResidualError(
-        f"`{caller}`: f(g(x)) is not x in {int(bad.sum())} of {bad.numel()} samples; worst is sample {worst} (flat "
-        f"index over all batch dims), where f(g(x)) - x is {error.flatten()[worst]:.3g} and {tolerance:.3g} relative "
-        f"({allowed.flatten()[worst]:.3g}) is allowed. Either f is not the inverse of g, g did not converge, or the "
-        "tolerance is too small: check=1e-3, say, asks for less."
+        text.format(
+            bad=f"{int(bad.sum())} of {bad.numel()} samples; worst is sample {worst} (flat index over all batch dims)",
+            error=f"{error.flatten()[worst]:.3g}",
+            tolerance=f"{tolerance:.3g}",
+            allowed=f"{allowed.flatten()[worst]:.3g}",
+        )
     )

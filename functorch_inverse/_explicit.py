@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,10 +25,12 @@ from functorch_inverse._attach import attach
 from functorch_inverse._call import Given, Problem, Values, live
 from functorch_inverse._capture import Captured
 from functorch_inverse._pullback import Function, Tensors
-from functorch_inverse._rules import Optional, move, poisoned, vmapped, widen
+from functorch_inverse._quadrature import gauss_legendre
+from functorch_inverse._rules import Optional, Pull, move, poisoned, widen
 from functorch_inverse._tree import Partition, Tree, event_dims, flatten, is_differentiable
 from functorch_inverse._vectors import Layout, batch_shape, lead
 from functorch_inverse.errors import NoDerivativeError, StructureError
+from functorch_inverse.operators import vmapped
 
 __all__ = ["JacobianProblem"]
 
@@ -51,40 +52,33 @@ class JacobianRule:
         push, pull = (vmapped(f, 0, theta_is_batched, randomness) for f in (self.push, self.pull))
         return replace(self, push=push, pull=pull)
 
-    def vjp(self, y: Tensors, theta: Tensors, x: Layout, v: Optional, wanted: Sequence[int]) -> tuple[Tensors, Optional]:
+    def vjp(self, y: Tensors, theta: Tensors, x: Layout, wanted: Sequence[int]) -> Pull:
         """J^T v; theta receives nothing, since x stands for itself."""
-        with _torch.full_precision(y[0]):
+
+        def pull(v: Optional) -> tuple[Tensors, Optional]:
             full = [torch.zeros_like(t) if c is None else c for c, t in zip(v, y, strict=True)]
             return self.pull(widen(full), widen(theta)), [None] * len(wanted)
+
+        return pull
 
     def jvp(self, y: Tensors, theta: Tensors, dx: Tensors, dtheta: Optional) -> tuple[Tensor, ...]:
         """J dx."""
         with _torch.full_precision(y[0]):
             return tuple(d.to(t.dtype) for d, t in zip(self.push(widen(dx), widen(theta)), y, strict=True))
 
+    def reads_more(self, y: Tensors, theta: Tensors) -> bool:
+        """What `jacobian` closes over is refused or poisoned elsewhere; a trace of it is cheap as it is."""
+        return True
+
     def reattach(self, y: Tensors, x: Tensors, theta: Tensors, order: int) -> tuple[Tensor, ...]:
         """y plus the integral of J from x0 to x."""
         n, steps = len(x), [t - t.detach() for t in x]
         own = [(t.detach(), t - t.detach()) for t in theta[:n]]
         total = [torch.zeros_like(t) for t in y]
-        for c, w in _gauss_legendre((order + 1) // 2):
+        for c, w in gauss_legendre(order):
             there = (*(t0 + c * d for t0, d in own), *theta[n:])
             total = [t + w * d for t, d in zip(total, self.push(steps, there), strict=True)]
         return tuple(move(t, d.to(t.dtype), x) for t, d in zip(y, total, strict=True))
-
-
-def _gauss_legendre(points: int) -> list[tuple[float, float]]:
-    """Nodes and weights on [0, 1]."""
-    return _GAUSS_LEGENDRE[points - 1]
-
-
-def _table(points: int) -> list[tuple[float, float]]:
-    nodes, weights = np.polynomial.legendre.leggauss(points)
-    return [((1 + float(c)) / 2, float(w) / 2) for c, w in zip(nodes, weights, strict=True)]
-
-
-# Made beforehand, since Dynamo would trace NumPy; nobody differentiates a graph more than 16 times.
-_GAUSS_LEGENDRE = [_table(m) for m in range(1, 9)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,6 +208,7 @@ class _Matrix:
 
     def _evaluate(self, theta: Tensors) -> Any:
         n, m = len(self.x.places), len(theta) - self.captured.count
+        self.captured.verify()
         with self.captured.running(theta[m:]):
             return self.problem.evidence(self.x.join(theta[:n]), *self.args.join(theta[n:m]))
 

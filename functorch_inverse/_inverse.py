@@ -8,16 +8,18 @@ import torch
 from torch import Tensor
 
 from functorch_inverse._attach import attach
-from functorch_inverse._call import Given, Problem, Values, merge
+from functorch_inverse._call import Given, Problem, Values
 from functorch_inverse._capture import Captured
 from functorch_inverse._check import check_residual
+from functorch_inverse._evidence import Evidence
 from functorch_inverse._rules import ImplicitRule
 from functorch_inverse._tree import Partition, Tree, event_dims, is_differentiable, is_number
 from functorch_inverse._vectors import Layout, batch_shape, lead
 from functorch_inverse.errors import StructureError
 from functorch_inverse.linear_solvers import LinearSolver
+from functorch_inverse.operators import Equation
 
-__all__ = ["Evidence", "InverseProblem", "target_of"]
+__all__ = ["InverseProblem", "Pick", "target_of"]
 
 Tensors = Sequence[Tensor]
 
@@ -39,34 +41,25 @@ class InverseProblem(Problem):
         x_dims = event_dims(self.event_dim, target, x, self.caller, "event_dim")
         y, y_dims = values.leaves, _y_dims(self, given, values)
         batch = batch_shape(y, y_dims, self.caller, "y")
-        _check_sizes(self.caller, Layout.of(x, x_dims), Layout.of(y, y_dims))
+        _check_sizes(self, x, y, x_dims, y_dims)
         x = tuple(lead(self.caller, t, d, batch) for t, d in zip(x, x_dims, strict=True))
         theta = (*given.arg_tensors, *values.constants, *captured.tensors)
-        evidence = Evidence(self.caller, self.evidence, values.y, values.differentiable, given.args, captured, target)
+        pick = Pick(self.caller, target)
+        evidence = Evidence(self.evidence, values.y, values.differentiable, given.args, captured, pick)
         if self.check:
             got = evidence([t.detach() for t in y], [t.detach() for t in theta])
             check_residual(self.caller, self.check, got, x, y, (x_dims, y_dims))
-        return attach(ImplicitRule(self.caller, evidence, y_dims, x_dims, self.linear_solver), y, x, theta)
+        return attach(ImplicitRule(Equation(self.caller, evidence, y_dims, x_dims), self.linear_solver), y, x, theta)
 
 
 @dataclass(frozen=True, eq=False)
-class Evidence:
-    """f on leaves: (y leaves, theta leaves) -> x leaves, where theta = (args, constants of y, captured)."""
+class Pick:
+    """The leaves of what f returned that belong to x."""
 
     caller: str
-    function: Callable[..., Any]
-    y: Partition
-    differentiable: tuple[bool, ...]
-    args: Partition
-    captured: Captured
     target: Partition
 
-    def __call__(self, y: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
-        n = len(self.args.places)
-        m = len(theta) - self.captured.count
-        everything = self.y.join(merge(self.differentiable, y, theta[n:m]))
-        with self.captured.running(theta[m:], (*y, *theta)):
-            result = self.function(everything, *self.args.join(theta[:n]))
+    def __call__(self, result: Tree) -> tuple[Tensor, ...]:
         leaves = self.target.pick(result, self.caller, "f(y, *args)")
         _check_tensors(self.caller, leaves)
         return leaves
@@ -105,8 +98,10 @@ def _y_dims(problem: InverseProblem, given: Given, values: Values) -> tuple[int,
 
 def _check_integers(caller: str, given: Given, values: Values) -> None:
     """An integer leaf of y must be one that x passes through."""
+    if all(values.differentiable):
+        return
     integers = {p: t for p, t in zip(values.y.places, values.tensors, strict=True) if not is_differentiable(t)}
-    if not integers or (values.y.spec == given.x.spec and not integers.keys() & set(_target(given)[0].places)):
+    if values.y.spec == given.x.spec and not integers.keys() & set(_target(given)[0].places):
         return
     arrived = ", ".join(f"{t.dtype} of shape {tuple(t.shape)}" for t in integers.values())
     raise StructureError(
@@ -115,8 +110,11 @@ def _check_integers(caller: str, given: Given, values: Values) -> None:
     )
 
 
-def _check_sizes(caller: str, x: Layout, y: Layout) -> None:
-    if x.size == y.size:
+def _check_sizes(problem: InverseProblem, xs: Tensors, ys: Tensors, x_dims: Sequence[int], y_dims: Sequence[int]) -> None:
+    if x_dims == y_dims and [(t.shape, t.dtype) for t in xs] == [(t.shape, t.dtype) for t in ys]:
+        return
+    x, y, caller = Layout.of(xs, x_dims), Layout.of(ys, y_dims), problem.caller
+    if x.size == y.size or getattr(problem.linear_solver, "rectangular", False):
         return
     more = (
         "More outputs than inputs: f(g(x)) = x does not determine the derivative of g"
@@ -126,5 +124,5 @@ def _check_sizes(caller: str, x: Layout, y: Layout) -> None:
     raise StructureError(
         f"`{caller}`: one sample of x has {x.size} real numbers (event shapes {list(x.shapes)}), one of y has {y.size} "
         f"({list(y.shapes)}). {more}. Give g and f equally many, state the missing equations in f, or describe the "
-        "samples by `event_dim` and `out_event_dim`."
+        "samples by `event_dim` and `out_event_dim`. linear_solver=LeastSquares() asserts the minimum-norm branch."
     )

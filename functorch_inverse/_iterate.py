@@ -15,11 +15,12 @@ from functorch_inverse import _torch
 from functorch_inverse._equation import Equation, Point
 from functorch_inverse._pullback import Function as LeafFunction
 from functorch_inverse._pullback import Tensors
-from functorch_inverse._rules import vmapped, widen
+from functorch_inverse._rules import widen
 from functorch_inverse._status import DONE, NO_BRACKET, RUNNING, Options, State, chosen, describe_failure
 from functorch_inverse._steps import advance
 from functorch_inverse._values import progress_bar
 from functorch_inverse.errors import BracketError, NotConvergedError
+from functorch_inverse.operators import vmapped
 
 __all__ = ["Inversion", "Inverter", "OnFailure"]
 

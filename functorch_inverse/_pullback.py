@@ -7,13 +7,15 @@ Reverse mode throughout: torch's forward mode is not thread-safe, turns float32 
 then, is missing for some special functions, and cannot run inside a plain dual level.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
 from functorch_inverse import _torch
+from functorch_inverse._rows import jacobian_of_graph
 from functorch_inverse._vectors import real_dtype
 from functorch_inverse.errors import NoDerivativeError
 
@@ -28,12 +30,23 @@ class Pullback:
     """The transposed derivative of f(y, theta), in y and in chosen parts of theta."""
 
     outputs: tuple[Tensor, ...]
+    # A transform opened in a forward pass would fail under saved-tensor hooks.
+    in_open_graph: ClassVar[bool] = False
+
+    @property
+    def values(self) -> tuple[Tensor, ...]:
+        """The outputs, for those outside."""
+        return self.outputs
 
     @staticmethod
     def of(f: Function, y: Tensors, theta: Tensors, wanted: Sequence[int]) -> "Pullback":
         """Evaluate f at a point; `wanted` are the positions of theta to differentiate."""
-        plain = not (_torch.transforms_active() or torch.is_grad_enabled())
-        return _GraphPullback(f, y, theta, wanted) if plain else _FuncPullback(f, y, theta, wanted)
+        return (_GraphPullback if _torch.plain() else _FuncPullback)(f, y, theta, wanted)
+
+    @staticmethod
+    def open(f: Function, y: Tensors) -> "Pullback":
+        """Evaluate f in the open graph, so that everything it reads is differentiated as anywhere else."""
+        return _FuncPullback(f, y, (), ()) if _torch.transforms_active() else _OpenPullback(f, y)
 
     def to_y(self, cotangents: Tensors) -> tuple[Tensor, ...]:
         """(df/dy)^T times one set of cotangents."""
@@ -42,6 +55,18 @@ class Pullback:
     def to_theta(self, cotangents: Tensors) -> tuple[Tensor, ...]:
         """(df/dtheta)^T times one set of cotangents, for the wanted theta."""
         raise NotImplementedError
+
+    def push(self, tangents: Tensors) -> tuple[Tensor, ...]:
+        """df/dy times one set of tangents, as the transpose of `to_y`."""
+        raise NotImplementedError
+
+    def matrix(self) -> Tensor | None:
+        """df/dy of vectors (*batch, rows, columns), where it can be had at once."""
+        return None
+
+
+# Fewer are faster one by one.
+_MANY_ROWS = 6
 
 
 class _GraphPullback(Pullback):
@@ -53,7 +78,24 @@ class _GraphPullback(Pullback):
         self.theta = [leaves[i].requires_grad_() for i in wanted]
         with torch.enable_grad():
             self.outputs = _evaluate(f, self.y, leaves)
-        _check_leaves(self.outputs, (*self.y, *self.theta))
+        self.nodes = _nodes(self.outputs, (*self.y, *self.theta))
+        self.transposed: tuple[list[Tensor], tuple[Tensor, ...]] | None = None
+
+    def push(self, tangents: Tensors) -> tuple[Tensor, ...]:
+        if self.transposed is None:
+            zeros = [torch.zeros_like(out, requires_grad=True) for out in self.outputs]
+            with torch.enable_grad():
+                pulled = torch.autograd.grad(self.outputs, self.y, zeros, create_graph=True, materialize_grads=True)
+            self.transposed = zeros, pulled
+        zeros, pulled = self.transposed
+        return torch.autograd.grad(pulled, zeros, tuple(tangents), retain_graph=True, materialize_grads=True)
+
+    def matrix(self) -> Tensor | None:
+        if self.outputs[0].shape[-1] < _MANY_ROWS:
+            return None
+        # A backward written in Python may look at what it is given.
+        known = not any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in self.nodes)
+        return jacobian_of_graph(self.outputs[0], self.y[0]) if known else None
 
     def to_y(self, cotangents: Tensors) -> tuple[Tensor, ...]:
         return self._grad(self.y, cotangents)
@@ -62,9 +104,38 @@ class _GraphPullback(Pullback):
         return self._grad(self.theta, cotangents)
 
     def _grad(self, inputs: list[Tensor], cotangents: Tensors) -> tuple[Tensor, ...]:
-        pairs = [(o, c) for o, c in zip(self.outputs, cotangents, strict=True) if o.requires_grad]
-        outputs, grads = zip(*pairs, strict=True)
-        return torch.autograd.grad(outputs, inputs, grads, retain_graph=True, materialize_grads=True)
+        live = [o.requires_grad for o in self.outputs]
+        outputs, grads = itertools.compress(self.outputs, live), itertools.compress(cotangents, live)
+        return _torch.graph_grad(tuple(outputs), tuple(inputs), tuple(grads))
+
+
+class _OpenPullback(_GraphPullback):
+    """From the graph that is being built: what is computed is itself differentiable, by plain autograd, to all that f reads."""
+
+    in_open_graph: ClassVar[bool] = True
+
+    def __init__(self, f: Function, y: Tensors) -> None:
+        # A node of its own, so that what else f reads may depend on y too.
+        self.theta, self.transposed = [], None
+        with torch.inference_mode(False), torch.enable_grad():
+            y = [t.clone() if t.is_inference() else t for t in y]
+            self.y = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in y]
+            self.outputs = _evaluate(f, self.y, ())
+        # Where nothing but y itself is tracked, nobody outside waits for a graph.
+        self.closed = not any(t.requires_grad for t in y) and _graph(self.outputs, self.y)[1] is None
+
+    def matrix(self) -> Tensor | None:
+        return None
+
+    def _grad(self, inputs: list[Tensor], cotangents: Tensors) -> tuple[Tensor, ...]:
+        with torch.inference_mode(False), torch.enable_grad():
+            cotangents = tuple(c.clone() if c.is_inference() else c for c in cotangents)
+            grads = torch.autograd.grad(self.outputs, inputs, cotangents, create_graph=True, materialize_grads=True)
+        return tuple(t.detach() for t in grads) if self.closed or not torch.is_grad_enabled() else grads
+
+    @property
+    def values(self) -> tuple[Tensor, ...]:
+        return tuple(t.detach() for t in self.outputs) if self.closed or not torch.is_grad_enabled() else self.outputs
 
 
 class _FuncPullback(Pullback):
@@ -73,6 +144,13 @@ class _FuncPullback(Pullback):
     def __init__(self, f: Function, y: Tensors, theta: Tensors, wanted: Sequence[int]) -> None:
         self.outputs, self.to_y_ = torch.func.vjp(lambda *y: _evaluate(f, y, _level(theta)), *y)
         self.f, self.y, self.theta, self.wanted = f, y, theta, wanted
+        self.push_: Callable[..., Any] | None = None
+
+    def push(self, tangents: Tensors) -> tuple[Tensor, ...]:
+        if self.push_ is None:
+            _, self.push_ = torch.func.vjp(self.to_y_, tuple(torch.zeros_like(out) for out in self.outputs))
+        (moved,) = self.push_(tuple(tangents))
+        return moved
 
     def to_y(self, cotangents: Tensors) -> tuple[Tensor, ...]:
         return self.to_y_(tuple(cotangents))
@@ -127,30 +205,43 @@ def _evaluate(f: Function, y: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
     return outputs
 
 
-def _check_leaves(outputs: Tensors, known: Tensors) -> None:
-    """NoDerivativeError where the graph ends in a tensor that nobody differentiates."""
+def _nodes(outputs: Tensors, known: Tensors) -> list[Any]:
+    """The graph, or NoDerivativeError where it ends in a tensor that nobody differentiates."""
+    graph, foreign = _graph(outputs, known)
+    if foreign is not None:
+        raise NoDerivativeError(
+            f"f read a live tensor of shape {tuple(foreign.shape)} that nobody could see when g was called, so its "
+            "derivative would be lost. Hand it over as an argument: g(x, tensor) with f(y, tensor)."
+        )
+    return graph
+
+
+def _graph(outputs: Tensors, known: Tensors) -> tuple[list[Any], Tensor | None]:
+    """The nodes of a graph, and a leaf that is not known, if there is one."""
     expected: set[int] = {id(t) for t in known}
+    foreign: Tensor | None = None
     seen: set[Any] = set()
-    queue = [out.grad_fn for out in outputs if out.grad_fn is not None]
+    queue: list[Any] = [out.grad_fn for out in outputs if out.grad_fn is not None]
     for node in queue:  # grows while it is walked
         variable = getattr(node, "variable", None)
         if variable is not None and id(variable) not in expected:
-            raise NoDerivativeError(
-                f"f read a live tensor of shape {tuple(variable.shape)} that nobody could see when g was called, so its "
-                "derivative would be lost. Hand it over as an argument: g(x, tensor) with f(y, tensor)."
-            )
-        queue.extend(n for n, _ in node.next_functions if n is not None and n not in seen)
-        seen.update(n for n, _ in node.next_functions)
+            foreign = variable
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                queue.append(following)
+    return queue, foreign
 
 
-def jacobian(pull: Callable[[Tensor], Tensor], batch: Sequence[int], rows: int, like: Tensor) -> Tensor:
+def jacobian(pull: Callable[[Tensor], Tensor], batch: Sequence[int], rows: int, like: Tensor, *, plain: bool = False) -> Tensor:
     """All rows of a per-sample Jacobian, (*batch, rows, columns).
 
     `pull` takes cotangents of shape (*batch, rows) to (*batch, columns). Each row is one unit cotangent
-    expanded over all samples at once: f is evaluated for the whole batch, never per sample.
+    expanded over all samples at once: f is evaluated for the whole batch, never per sample. `plain`: although a
+    graph is being built, no transform has to look at it.
     """
     basis = torch.eye(rows, dtype=real_dtype(like.dtype), device=like.device)
-    if _torch.transforms_active() or torch.is_grad_enabled() or not 0 < rows <= _LOOP_UP_TO:
+    if not ((plain or _torch.plain()) and 0 < rows <= _LOOP_UP_TO):
         return torch.vmap(lambda e: pull(e.expand(*batch, rows)))(basis).movedim(0, -2)
     return torch.stack([pull(e.expand(*batch, rows)) for e in basis], -2)
 

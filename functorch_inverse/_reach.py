@@ -10,15 +10,16 @@ import operator
 import sys
 import types
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Reach", "state_of"]
+__all__ = ["Reach", "Slots", "slots_of"]
 
 _ATOMS = frozenset({
     type(None), bool, int, float, complex, str, bytes, bytearray, range, type(...), type(NotImplemented),
@@ -31,13 +32,26 @@ _DYNAMIC = frozenset({
     "eval", "exec", "globals", "locals", "vars", "__import__", "import_module", "__globals__", "__dict__",
     "f_locals", "f_globals", "modules", "_getframe", "get_objects", "get_referrers",
 })  # fmt: skip
+_CONTAINERS = frozenset({dict, list, tuple, set, OrderedDict})
+_STATE = ("_parameters", "_buffers", "_modules")
 _BUDGET = 5000
 _HAVE_GC = 1 << 14  # Py_TPFLAGS_HAVE_GC
 
 
-def state_of(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters and buffers of a module by name."""
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+# Where a module keeps a parameter or buffer; several places where it is tied.
+Slots: TypeAlias = list[tuple[dict[str, Any], str]]
+
+
+def slots_of(modules: Iterable[nn.Module]) -> list[tuple[Tensor, Slots]]:
+    """The parameters and buffers of modules, each with its places."""
+    found: dict[int, tuple[Tensor, Slots]] = {}
+    for module in modules:
+        for part in module.modules():
+            for space in (part._parameters, part._buffers):
+                for name, tensor in space.items():
+                    if tensor is not None:
+                        found.setdefault(id(tensor), (tensor, []))[1].append((space, name))
+    return list(found.values())
 
 
 @dataclass
@@ -55,7 +69,7 @@ class Reach:
         seen: dict[int, Any] = {}  # keeps what it holds alive, so that ids stay unique
         queue, walk = list(functions), _Walk(reach)
         for found in queue:  # grows while it is walked
-            if type(found) in _ATOMS or id(found) in seen:
+            if type(found) in _ATOMS or id(found) in seen or (type(found) in _CONTAINERS and not found):
                 continue
             seen[id(found)] = found
             if len(seen) > _BUDGET:
@@ -75,34 +89,38 @@ class _Walk:
 
     def inside(self, found: Any) -> Iterable[Any]:
         """What an object refers to."""
+        if isinstance(found, types.FunctionType):
+            return self._function(found)
+        if isinstance(found, types.BuiltinFunctionType):
+            return [found.__self__]
+        if isinstance(found, types.ModuleType):
+            return self._namespace(found)
         if isinstance(found, Tensor):
             self.reach.tensors.append(found)
             return list(vars(found).values())
         if isinstance(found, nn.Module):
             self.reach.modules.append(found)
-            return list(_parts_of(found))
-        if isinstance(found, types.FunctionType):
-            return list(self._function(found))
-        if isinstance(found, types.ModuleType):
-            return self._namespace(found)
+            return _parts_of(found)
         if isinstance(found, type):
-            return list(_class(found))
+            return () if _library_class(found) else list(_class(found))
         return self._object(found)
 
-    def _function(self, fn: types.FunctionType) -> Iterator[Any]:
-        yield from (_content(cell) for cell in fn.__closure__ or ())
-        yield from (fn.__defaults__, fn.__kwdefaults__, fn.__dict__)
-        if _in_library(fn.__globals__.get("__name__")):
-            return
+    def _function(self, fn: types.FunctionType) -> list[Any]:
+        parts = [_content(cell) for cell in fn.__closure__ or ()]
+        parts += [part for part in (fn.__defaults__, fn.__kwdefaults__, fn.__dict__) if part]
+        space, modules = fn.__globals__, sys.modules
+        if _in_library(space.get("__name__")):
+            return parts
         names = _names(fn.__code__)
-        if names & _DYNAMIC:
+        if not names.isdisjoint(_DYNAMIC):
             self.reach.complete = False
-        yield from (fn.__globals__[name] for name in names if name in fn.__globals__)
-        yield from (sys.modules[name] for name in names if name in sys.modules)
-        new = names - self.names
-        self.names |= new
-        for space in self.spaces:
-            yield from self._attributes(space, new)
+        parts += [space[name] for name in names if name in space]
+        parts += [modules[name] for name in names if name in modules]
+        if not names <= self.names:
+            new = names - self.names
+            self.names |= new
+            parts += [part for space in self.spaces for part in self._attributes(space, new)]
+        return parts
 
     def _namespace(self, module: types.ModuleType) -> list[Any]:
         if _in_library(module.__name__):
@@ -142,15 +160,13 @@ def _content(cell: types.CellType) -> Any:
         return None
 
 
-def _parts_of(module: nn.Module) -> Iterator[Any]:
-    for part in module.modules():
-        yield type(part)
-        held = vars(part)
-        yield from (v for k, v in held.items() if k not in ("_parameters", "_buffers", "_modules") and not _empty(v))
-
-
-def _empty(value: Any) -> bool:
-    return isinstance(value, dict | list | tuple | set) and not value
+def _parts_of(module: nn.Module) -> list[Any]:
+    """What the module and those inside it hold besides parameters, buffers and one another."""
+    parts: list[Any] = []
+    for inner in module.modules():
+        parts.append(type(inner))
+        parts += [v for k, v in vars(inner).items() if k not in _STATE and type(v) not in _ATOMS]
+    return parts
 
 
 def _class(cls: type) -> Iterator[Any]:

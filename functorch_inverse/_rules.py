@@ -13,22 +13,24 @@ Differentiation (2022), section 2.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from functorch_inverse import _torch
-from functorch_inverse._pullback import Function, Pullback, Tensors, jacobian, pushforward
-from functorch_inverse._vectors import Layout, batch_shape
+from functorch_inverse._pullback import Tensors, pushforward
+from functorch_inverse._vectors import Layout
 from functorch_inverse.errors import StructureError
 from functorch_inverse.linear_solvers import LinearSolver
+from functorch_inverse.operators import Equation, JacobianOperator
 
 __all__ = ["ImplicitRule", "Rule"]
 
-Optional = Sequence[Tensor | None]
+Optional: TypeAlias = Sequence[Tensor | None]
+Pull: TypeAlias = Callable[[Optional], tuple[Tensors, Optional]]
 
 
 class Rule(Protocol):
@@ -46,14 +48,16 @@ class Rule(Protocol):
         """The same rule where y, x and some of theta carry one more leading dim."""
         ...
 
-    def vjp(
-        self, y: Tensors, theta: Tensors, x: Layout, v: Optional, wanted: Sequence[int]
-    ) -> tuple[Tensors, Optional]:
-        """What x, and the wanted theta, receive from the cotangents v of y."""
+    def vjp(self, y: Tensors, theta: Tensors, x: Layout, wanted: Sequence[int]) -> Pull:
+        """The map from cotangents v of y to what x, and the wanted theta, receive; both in full precision."""
         ...
 
     def jvp(self, y: Tensors, theta: Tensors, dx: Tensors, dtheta: Optional) -> tuple[Tensor, ...]:
         """The tangents of y, from those of x and of some theta."""
+        ...
+
+    def reads_more(self, y: Tensors, theta: Tensors) -> bool:
+        """Whether something else than y and theta would lose its derivative; asked while Dynamo traces."""
         ...
 
     def reattach(self, y: Tensors, x: Tensors, theta: Tensors, order: int) -> tuple[Tensor, ...]:
@@ -61,66 +65,59 @@ class Rule(Protocol):
         ...
 
 
-def vmapped(f: Function, first: int | None, theta_is_batched: Sequence[bool], randomness: str) -> Function:
-    """f of two groups of leaves, where the first (if batched) and some of theta carry one more leading dim."""
-    dims = tuple(0 if b else None for b in theta_is_batched)
-
-    def mapped(leading: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
-        n = len(leading)
-        in_dims = (first,) * n + dims
-        return torch.vmap(lambda *t: f(t[:n], t[n:]), in_dims=in_dims, randomness=randomness)(*leading, *theta)
-
-    return mapped
-
-
 @dataclass(frozen=True, eq=False)
 class ImplicitRule:
-    """The derivative of y where f(y, theta) = x.
+    """The derivative of y where f(y, theta) = x, or f(y, theta) = 0 and there is no x."""
 
-    `f` takes y leaves (*batch, *event) with any number of leading dims, and theta leaves of any shape.
-    """
-
-    caller: str
-    f: Function
-    y_dims: tuple[int, ...]
-    x_dims: tuple[int, ...]
+    equation: Equation
     linear_solver: LinearSolver
+
+    @property
+    def x_dims(self) -> tuple[int, ...]:
+        """How many trailing dims of each leaf of x make up one sample."""
+        return self.equation.x_dims or ()
 
     def batched(self, theta_is_batched: Sequence[bool], randomness: str) -> "ImplicitRule":
         """The same rule where y, and some of theta, carry one more leading dim."""
-        return replace(self, f=vmapped(self.f, 0, theta_is_batched, randomness))
+        return replace(self, equation=self.equation.batched(theta_is_batched, randomness))
 
-    def vjp(
-        self, y: Tensors, theta: Tensors, x: Layout, v: Optional, wanted: Sequence[int]
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """What x and the wanted theta receive from the cotangents v of y.
+    def vjp(self, y: Tensors, theta: Tensors, x: Layout, wanted: Sequence[int]) -> "Pull":
+        """The map from cotangents v of y to what x and the wanted theta receive.
 
         x's part has the batch shape of y and the layout `x`.
         """
-        with _torch.full_precision(y[0]):
-            wide, dtypes = widen(theta), [theta[i].dtype for i in wanted]
-            point = _Point(self, widen(y), wide, x, wanted)
-            v = widen([torch.zeros_like(t) if c is None else c for c, t in zip(v, y, strict=True)])
-            u = point.solve(v, transpose=True)
-            if not wanted:
-                return u, ()
-            received = point.pullback.to_theta(tuple(-t for t in point.like_output(u)))
-            return u, tuple(t.to(d) for t, d in zip(received, dtypes, strict=True))
+        A = self._at(y, theta, x, wanted)
+        return functools.partial(self._pull, A, self._factors(A), len(x.shapes), [theta[i].dtype for i in wanted])
+
+    def _pull(
+        self, A: JacobianOperator, factors: Any, n_x: int, dtypes: Sequence[torch.dtype], v: Optional
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        v = widen([torch.zeros_like(t) if c is None else c for c, t in zip(v, A.y, strict=True)])
+        u = self._solve(A, factors, v, transpose=True)
+        if not dtypes:
+            return u[:n_x], ()
+        received = A.pullback.to_theta(tuple(-t.to(o.dtype) for t, o in zip(u, A.pullback.outputs, strict=True)))
+        return u[:n_x], tuple(t.to(d) for t, d in zip(received, dtypes, strict=True))
 
     def jvp(self, y: Tensors, theta: Tensors, dx: Tensors, dtheta: Optional) -> tuple[Tensor, ...]:
         """The tangents of y."""
         with _torch.full_precision(y[0]):
-            wide_y, wide = widen(y), widen(theta)
-            point = _Point(self, wide_y, wide, Layout.of(dx, self.x_dims), ())
-            rhs = [d.to(out.dtype) for d, out in zip(dx, point.pullback.outputs, strict=True)]
-            if any(t is not None for t in dtheta):
-                moved = pushforward(self.f, wide_y, wide, [None if t is None else widen([t])[0] for t in dtheta])
-                rhs = [r - m for r, m in zip(rhs, moved, strict=True)]
-            dy = point.solve(rhs, transpose=False)
+            A = self._at(y, theta, Layout.of(dx, self.x_dims))
+            rhs = [d.to(out.dtype) for d, out in zip(dx, A.pullback.outputs, strict=True)] if dx else None
+            if rhs is None or any(t is not None for t in dtheta):
+                along = [None if t is None else widen([t])[0] for t in dtheta]
+                moved = pushforward(self.equation.f, A.y, A.theta, along)
+                rhs = [-m for m in moved] if rhs is None else [r - m for r, m in zip(rhs, moved, strict=True)]
+            dy = self._solve(A, self._factors(A), rhs, transpose=False)
             return tuple(d.to(t.dtype) for d, t in zip(dy, y, strict=True))
 
     # With r = f(y, theta) - x, one Newton step y - A^-1 (r - r.detach()) leaves the value of y as it is and
     # makes its derivatives right up to order 2k + 1 where they were right up to order k.
+    def reads_more(self, y: Tensors, theta: Tensors) -> bool:
+        """Whether f has a derivative to something else than y and theta; while Dynamo traces, at no cost."""
+        outputs = self.equation.f([t.detach() for t in y], [t.detach() for t in theta])
+        return any(t.requires_grad for t in outputs)
+
     def reattach(self, y: Tensors, x: Tensors, theta: Tensors, order: int) -> tuple[Tensor, ...]:
         """y by as many Newton steps as the order asks for."""
         right = 0
@@ -133,48 +130,43 @@ class ImplicitRule:
     def _newton_step(self, y: Tensors, x: Tensors, theta: Tensors, *, frozen: bool) -> tuple[Tensor, ...]:
         """`frozen` leaves out the derivative of A, which the last order asked for does not need."""
         with _torch.full_precision(y[0]):
-            point = _Point(self, widen(y), widen(theta), Layout.of(x, self.x_dims), ())
-            residual = [out - t for out, t in zip(point.pullback.outputs, x, strict=True)]
-            step = point.solve([r - r.detach() for r in residual], transpose=False, frozen=frozen)
+            A = self._at(y, theta, Layout.of(x, self.x_dims))
+            if A.shape[0] != A.shape[1] and not frozen:
+                _refuse_rectangular(self.equation.caller)
+            A.frozen = frozen
+            outputs = A.pullback.outputs
+            residual = [out - t for out, t in zip(outputs, x, strict=True)] if x else list(outputs)
+            step = self._solve(A, self._factors(A), [r - r.detach() for r in residual], transpose=False)
+            if A.elementwise:
+                return (_move_numbers(y[0], -step[0].to(y[0].dtype), residual[0]),)
             return tuple(move(t, -d.to(t.dtype), residual) for t, d in zip(y, step, strict=True))
 
+    def residual_step(self, y: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
+        """A^-1 r: how far y is from the root of the residual, to first order."""
+        with _torch.full_precision(y[0]):
+            A = self._at(y, theta, Layout((), (), ()))
+            return self._solve(A, self._factors(A), A.pullback.outputs, transpose=False)
 
-class _Point:
-    """A, evaluated at one (y, theta)."""
+    def _at(self, y: Tensors, theta: Tensors, x: Layout, wanted: Sequence[int] = ()) -> JacobianOperator:
+        """A at a point, in full precision."""
+        A = JacobianOperator(self.equation, widen(y), widen(theta), wanted)
+        if self.equation.x_dims is not None:
+            _check_output(self.equation.caller, A.pullback.outputs, A.batch, x)
+        return A
 
-    def __init__(self, rule: ImplicitRule, y: Tensors, theta: Tensors, x: Layout, wanted: Sequence[int]) -> None:
-        self.y, self.batch = y, batch_shape(y, rule.y_dims, rule.caller, "y")
-        self.pullback = Pullback.of(rule.f, y, theta, wanted)
-        self.outputs = Layout.of(self.pullback.outputs, rule.x_dims)
-        _check_output(rule.caller, self.pullback.outputs, self.batch, x)
-        self.inputs = Layout.of(y, rule.y_dims)
-        # One real number a sample: A is a derivative, not a matrix, and 1 / 0 is inf as in torch.
-        self.elementwise = rule.y_dims == rule.x_dims == (0,) and self.inputs.size == self.outputs.size == 1
-        self.rule = rule
+    def _factors(self, A: JacobianOperator) -> Any:
+        """What serves every solve with A: its factors; where it is elementwise, its numbers."""
+        if A.elementwise:
+            return A.derivative()
+        _check_shape(self.equation.caller, A, self.linear_solver)
+        return self.linear_solver.factorise(A)
 
-    def solve(self, b: Tensors, *, transpose: bool, frozen: bool = False) -> tuple[Tensor, ...]:
-        """A^-1 b (as y), or A^-T b (as x); a frozen A has no derivative."""
-        source, target = (self.inputs, self.outputs) if transpose else (self.outputs, self.inputs)
-        matrix = self.matrix()
-        matrix = matrix.detach() if frozen else matrix
-        if self.elementwise:
-            return (b[0] / matrix,)
-        packed = source.pack(b, self.batch)
-        return target.unpack(self.rule.linear_solver.factorise(matrix).solve(packed, transpose=transpose))
-
-    def matrix(self) -> Tensor:
-        """A of shape (*batch, x size, y size); where it is elementwise, its numbers."""
-        if self.elementwise:
-            (out,) = self.pullback.outputs
-            return self.pullback.to_y((torch.ones((), dtype=out.dtype, device=out.device).expand_as(out),))[0]
-
-        def pull(row: Tensor) -> Tensor:
-            return self.inputs.pack(self.pullback.to_y(self.outputs.unpack(row)), self.batch)
-
-        return jacobian(pull, self.batch, self.outputs.size, self.pullback.outputs[0])
-
-    def like_output(self, u: Tensors) -> tuple[Tensor, ...]:
-        return tuple(t.to(o.dtype) for t, o in zip(u, self.pullback.outputs, strict=True))
+    def _solve(self, A: JacobianOperator, factors: Any, b: Tensors, *, transpose: bool) -> tuple[Tensor, ...]:
+        """A^-1 b (as y), or A^-T b (as x)."""
+        if isinstance(factors, Tensor):
+            return (b[0] / factors,)
+        source, target = (A.inputs, A.outputs) if transpose else (A.outputs, A.inputs)
+        return target.unpack(factors.solve(source.pack(b, A.batch), transpose=transpose))
 
 
 def move(y: Tensor, step: Tensor, live: Tensors) -> Tensor:
@@ -185,6 +177,13 @@ def move(y: Tensor, step: Tensor, live: Tensors) -> Tensor:
     """
     defined = step.isfinite()
     unknown = undefined(live, ~defined)
+    return torch.where(defined, y + step, y + unknown.to(y.dtype))
+
+
+def _move_numbers(y: Tensor, step: Tensor, residual: Tensor) -> Tensor:
+    """The same where each number is a sample of its own: nothing is summed, so a compiler can fuse it all."""
+    defined = step.isfinite()
+    unknown = torch.where(defined, 1, residual - residual.detach()).abs().sqrt()
     return torch.where(defined, y + step, y + unknown.to(y.dtype))
 
 
@@ -207,7 +206,8 @@ def undefined(live: Tensors, mask: Tensor) -> Tensor:
 
 def widen(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Half precision in float32, everything else as it is."""
-    return tuple(t.to(_WIDER.get(t.dtype, t.dtype)) for t in tensors)
+    # Also where nothing changes: an operation takes off what a closed transform left around a saved tensor.
+    return tuple([t.to(_WIDER.get(t.dtype, t.dtype)) for t in tensors])
 
 
 _WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
@@ -222,3 +222,20 @@ def _check_output(caller: str, outputs: Sequence[Tensor], batch: torch.Size, x: 
             f"{(*batch, *shape)} and {'a complex' if dtype.is_complex else 'a real'} dtype (batch dims of y, then "
             "the event dims of x). f must map y back to x; check `event_dim`, or squeeze what f returns."
         )
+
+
+def _check_shape(caller: str, A: JacobianOperator, solver: LinearSolver) -> None:
+    rows, columns = A.shape
+    if rows != columns and not getattr(solver, "rectangular", False):
+        raise StructureError(
+            f"`{caller}`: one sample has {rows} equations (numbers of the residual) for {columns} unknowns (numbers of y), so "
+            "the Jacobian has no inverse. State as many equations as unknowns, check `event_dim`, or pass "
+            "linear_solver=LeastSquares(), which asserts the minimum-norm solution."
+        )
+
+
+def _refuse_rectangular(caller: str) -> None:
+    raise NotImplementedError(
+        f"`{caller}`: under torch.compile, LeastSquares has derivatives in plain backward passes only, not inside "
+        "torch.func transforms. Keep the transform outside of the compiled region, or leave out torch.compile."
+    )

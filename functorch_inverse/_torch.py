@@ -3,9 +3,10 @@
 A new torch that renames one of them breaks here, at import, and says so.
 """
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,12 +17,16 @@ try:
     from torch._C import (
         DisableTorchFunction,
         _are_functorch_transforms_active,
+        _disabled_torch_function_impl,
         _functorch,
         _get_dispatch_mode,
         _is_fwd_grad_enabled,
         _is_torch_function_mode_enabled,
         _TorchDispatchModeKey,
     )
+
+    # Whether another backward pass through the same graph may come.
+    from torch._C._autograd import _get_current_graph_task_keep_graph as graph_is_kept
 
     # Saved-tensor hooks belong to the user's graph, not to one that is made and used up inside a forward.
     from torch._C._autograd import _saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
@@ -33,8 +38,8 @@ try:
     # Tensors without data, for what the user says of a result.
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    # Parameters of a module made explicit, also where the module's own forward is running.
-    from torch.nn.utils.stateless import _reparametrize_module
+    # A small backward pass without the checks of torch.autograd.grad, which cost as much again.
+    from torch.autograd.variable import Variable
 
     # The containers in which torch functions take and return tensors.
     from torch.utils._pytree import tree_leaves, tree_map
@@ -47,6 +52,8 @@ except (ImportError, AttributeError) as error:
         f"name that it relies on ({error}). Install another torch, or report this version."
     ) from error
 
+Tensors: TypeAlias = tuple[Tensor, ...]
+
 __all__ = [
     "at_current_level",
     "can_inspect",
@@ -58,27 +65,44 @@ __all__ = [
     "forward_mode_available",
     "full_precision",
     "function_mode_active",
+    "graph_grad",
+    "graph_is_kept",
+    "is_legacy_batched",
     "is_live",
     "is_open",
     "is_wrapped",
     "level",
+    "no_torch_function",
     "outside_inference_mode",
     "own_saved_tensors",
+    "plain",
     "primal",
-    "reparametrize",
+    "signed",
     "traced_derivatives_possible",
+    "traced_transforms",
     "transforms_active",
     "tree_leaves",
     "tree_map",
+    "wrapper",
 ]
 
-reparametrize = _reparametrize_module
+no_torch_function: Any = _disabled_torch_function_impl
+_run_backward: Any = Variable._execution_engine.run_backward
 is_wrapped = _functorch.is_functorch_wrapped_tensor
+
+# The vmap of is_grads_batched and torch.autograd.functional, which does not ask a Function for its rule: its tensors
+# have no values to show, and go one by one through an operator that it does not know.
+is_legacy_batched = _functorch.is_legacy_batchedtensor
 
 
 def transforms_active() -> bool:
     """Whether any torch.func transform is open."""
     return torch.compiler.is_dynamo_compiling() or _are_functorch_transforms_active()
+
+
+def plain() -> bool:
+    """Whether nobody differentiates or transforms what is computed now."""
+    return not (transforms_active() or torch.is_grad_enabled() or forward_ad._current_level >= 0)
 
 
 def function_mode_active() -> bool:
@@ -112,6 +136,12 @@ def _tracked(tensor: Tensor) -> bool:
         and _is_fwd_grad_enabled()
         and forward_ad.unpack_dual(tensor, level=0).tangent is not None
     )
+
+
+def graph_grad(outputs: Tensors, inputs: Tensors, cotangents: Tensors) -> Tensors:
+    """torch.autograd.grad of a graph that stays, with zeros where an input is not reached."""
+    grads = _run_backward(outputs, cotangents, True, False, inputs, allow_unreachable=True, accumulate_grad=False)
+    return tuple([torch.zeros_like(t) if g is None else g for t, g in zip(inputs, grads, strict=True)])
 
 
 def is_live(tensor: Tensor) -> bool:
@@ -163,6 +193,12 @@ def derivative_order() -> int:
     return 1 + sum(entry.key() in kinds for entry in stack)
 
 
+@torch._dynamo.assume_constant_result
+def traced_transforms() -> int:
+    """How many torch.func transforms are open while Dynamo traces, vmap included."""
+    return len(_functorch.get_interpreter_stack() or ())
+
+
 def traced_derivatives_possible() -> bool:
     """`derivatives_possible` as Dynamo can tell it."""
     return torch.is_grad_enabled() or derivative_order() > 1
@@ -189,6 +225,17 @@ def forward_mode_available() -> bool:
     """Whether torch.func.jvp can be opened here: not inside a plain dual level, and not under Dynamo."""
     plain_level = forward_ad._current_level >= 0 and not eager_transforms.JVP_NESTING
     return not torch.compiler.is_dynamo_compiling() and not plain_level
+
+
+def signed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` of an autograd.Function with its signature at hand, which torch asks for at every call."""
+    function.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+    return function
+
+
+def wrapper(cls: Any, shape: Any, like: Tensor) -> Any:
+    """A tensor without data that calls `__torch_dispatch__` of its class."""
+    return Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
 
 
 def fake_mode() -> AbstractContextManager[Any]:
@@ -231,6 +278,8 @@ def primal(tensor: Tensor | None) -> Tensor | None:
 def full_precision(tensor: Tensor) -> AbstractContextManager[None]:
     """Autocast switched off: derivatives are computed in the precision of their inputs."""
     kind = tensor.device.type
+    if kind == "cpu" and not torch.is_autocast_enabled(kind):
+        return nullcontext()
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return nullcontext()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import optree
+import torch
 from torch import Tensor
 
 from functorch_inverse.errors import StructureError
@@ -46,14 +47,21 @@ class Partition:
 
     @classmethod
     def of(cls, tree: Tree, chosen: Any = lambda leaf: isinstance(leaf, Tensor)) -> "tuple[Partition, tuple[Tensor, ...]]":
+        if not torch.compiler.is_dynamo_compiling():  # it cannot trace specs made outside
+            if type(tree) is Tensor and chosen(tree):
+                return _ONE_TENSOR, (tree,)
+            if type(tree) is tuple and not tree:
+                return _NOTHING, ()
         leaves, spec = flatten(tree)
-        places = tuple(i for i, leaf in enumerate(leaves) if chosen(leaf))
-        tensors = tuple(leaves[i] for i in places)
-        mould = tuple(None if i in places else leaf for i, leaf in enumerate(leaves))
-        return cls(spec, mould, places), tensors
+        flags = [chosen(leaf) for leaf in leaves]
+        places = tuple(i for i, flag in enumerate(flags) if flag)
+        mould = tuple(None if flag else leaf for leaf, flag in zip(leaves, flags, strict=True))
+        return cls(spec, mould, places), tuple(leaves[i] for i in places)
 
     def join(self, tensors: Sequence[Any]) -> Tree:
         """The tree again, with other tensors in the chosen places."""
+        if self is _ONE_TENSOR and len(tensors) == 1:
+            return tensors[0]
         leaves = list(self.mould)
         for place, tensor in zip(self.places, tensors, strict=True):
             leaves[place] = tensor
@@ -61,6 +69,8 @@ class Partition:
 
     def pick(self, tree: Tree, caller: str, what: str) -> tuple[Any, ...]:
         """The leaves in the chosen places of a tree of the same structure."""
+        if self is _ONE_TENSOR and isinstance(tree, Tensor):
+            return (tree,)
         try:
             leaves = self.spec.flatten_up_to(tree)
         except ValueError as error:
@@ -69,6 +79,11 @@ class Partition:
                 "Return the same containers, with the same keys and lengths."
             ) from error
         return tuple(leaves[i] for i in self.places)
+
+
+# The commonest trees.
+_ONE_TENSOR = Partition(flatten(None)[1], (None,), (0,))
+_NOTHING = Partition(flatten(())[1], (), ())
 
 
 def describe(spec: TreeSpec) -> str:
@@ -82,7 +97,7 @@ def event_dims(prefix: Tree, partition: Partition, tensors: Sequence[Tensor], ca
     `prefix` is None (all of them), an int, or a pytree prefix of those.
     """
     chosen = prefix_values(prefix, partition, tensors, caller, name)
-    return tuple(_event_dim(dim, t, caller, name) for dim, t in zip(chosen, tensors, strict=True))
+    return tuple([_event_dim(dim, t, caller, name) for dim, t in zip(chosen, tensors, strict=True)])
 
 
 def prefix_values(prefix: Tree, partition: Partition, tensors: Sequence[Tensor], caller: str, name: str) -> list[Any]:

@@ -125,7 +125,7 @@ class BlackBox:
         if torch.compiler.is_dynamo_compiling():
             self.outcome.traced = tuple(leaf for leaf in arrays if is_differentiable(leaf))
         taken = {_address(t) for t in inputs}
-        return part, tuple(self._output(leaf, taken) for leaf in arrays)
+        return part, tuple([self._output(leaf, taken) for leaf in arrays])
 
     def _output(self, leaf: Any, taken: set[int | None]) -> Tensor:
         array = not isinstance(leaf, Tensor)

@@ -19,23 +19,18 @@ __all__ = ["Layout", "batch_shape", "lead", "real_dtype", "same_precision"]
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The event shape and dtype of each leaf of a sample."""
+    """The event shape and dtype of each leaf of a sample, and how many real numbers it holds."""
 
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[torch.dtype, ...]
+    sizes: tuple[int, ...]
 
     @classmethod
     def of(cls, leaves: Sequence[Tensor], event_dims: Sequence[int]) -> "Layout":
-        pairs = list(zip(leaves, event_dims, strict=True))
-        shapes = tuple(tuple(leaf.shape[leaf.ndim - dim :]) for leaf, dim in pairs)
-        return cls(shapes, tuple(leaf.dtype for leaf in leaves))
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """How many real numbers each leaf of one sample holds."""
-        return tuple(
-            prod(s) * (2 if t.is_complex else 1) for s, t in zip(self.shapes, self.dtypes, strict=True)
-        )
+        shapes = [tuple(leaf.shape[leaf.ndim - dim :]) for leaf, dim in zip(leaves, event_dims, strict=True)]
+        dtypes = [leaf.dtype for leaf in leaves]
+        sizes = [prod(s) * (2 if t.is_complex else 1) for s, t in zip(shapes, dtypes, strict=True)]
+        return cls(tuple(shapes), tuple(dtypes), tuple(sizes))
 
     @property
     def size(self) -> int:
@@ -44,17 +39,26 @@ class Layout:
 
     def pack(self, leaves: Sequence[Tensor], batch: Sequence[int]) -> Tensor:
         """Leaves of shape (*batch, *event), or broadcasting to it, to a tensor (*batch, size)."""
+        if self.is_vector and leaves[0].shape[:-1] == batch:
+            return leaves[0]
         rows = zip(leaves, self.shapes, self.sizes, strict=True)
         parts = [_real(leaf.expand((*batch, *shape)), shape).reshape(*batch, size) for leaf, shape, size in rows]
         if torch.compiler.is_dynamo_compiling():  # torch.cat under vmap makes a dynamic batch static
             return functools.reduce(torch.add, map(self._padded, parts, range(len(parts))))
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
+    @property
+    def is_vector(self) -> bool:
+        """One leaf that is a real vector as it is."""
+        return len(self.shapes) == 1 and self.shapes[0] == self.sizes
+
     def _padded(self, part: Tensor, i: int) -> Tensor:
         return torch.nn.functional.pad(part, (sum(self.sizes[:i]), sum(self.sizes[i + 1 :])))
 
     def unpack(self, vector: Tensor) -> tuple[Tensor, ...]:
         """The inverse of `pack`; each leaf in its own dtype."""
+        if self.is_vector:
+            return (vector.to(self.dtypes[0]),)
         parts = vector.split(self.sizes, -1) if len(self.sizes) > 1 else (vector,)
         return tuple(_leaf(p, s, t) for p, s, t in zip(parts, self.shapes, self.dtypes, strict=True))
 
@@ -75,7 +79,7 @@ def batch_shape(leaves: Sequence[Tensor], event_dims: Sequence[int], caller: str
     """The leading dims that all leaves share."""
     # Compared one by one: a set would hash sizes, which makes them constants of a trace.
     shapes = [leaf.shape[: leaf.ndim - dim] for leaf, dim in zip(leaves, event_dims, strict=True)]
-    if any(shape != shapes[0] for shape in shapes):
+    if len(shapes) > 1 and any(shape != shapes[0] for shape in shapes):
         raise StructureError(
             f"`{caller}`: the leaves of {what} have the batch shapes {[tuple(shape) for shape in shapes]}; one sample "
             "takes a part of every leaf, so they must agree. Choose `event_dim` per leaf such that they do, "

@@ -36,11 +36,14 @@ class _Unknown:
     def batched(self, theta_is_batched: Sequence[bool], randomness: str) -> "_Unknown":
         return self
 
-    def vjp(self, y: Tensors, theta: Tensors, x: Layout, v: Optional, wanted: Sequence[int]) -> Any:
+    def vjp(self, y: Tensors, theta: Tensors, x: Layout, wanted: Sequence[int]) -> Any:
         self._refuse()
 
     def jvp(self, y: Tensors, theta: Tensors, dx: Tensors, dtheta: Optional) -> Any:
         self._refuse()
+
+    def reads_more(self, y: Tensors, theta: Tensors) -> bool:
+        return True
 
     def reattach(self, y: Tensors, x: Tensors, theta: Tensors, order: int) -> tuple[Tensor, ...]:
         return tuple(y)

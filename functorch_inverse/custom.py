@@ -8,9 +8,9 @@ from typing import Any
 from functorch_inverse._call import Problem, solve
 from functorch_inverse._explicit import JacobianProblem
 from functorch_inverse._inverse import InverseProblem
+from functorch_inverse._solvers import SolverLike, as_solver
 from functorch_inverse._tree import Tree
 from functorch_inverse._values import VmapMethod, check_vmap_method
-from functorch_inverse.linear_solvers import LU, LinearSolver
 
 __all__ = ["CustomInverse", "CustomJacobian", "custom_inverse", "custom_jacobian"]
 
@@ -43,7 +43,7 @@ def custom_inverse(
     *,
     event_dim: Tree = None,
     out_event_dim: Tree = None,
-    linear_solver: LinearSolver | None = None,
+    linear_solver: SolverLike = None,
     vmap_method: VmapMethod | None = None,
     has_aux: bool = False,
     check: bool | float = False,
@@ -98,9 +98,6 @@ def custom_inverse(
     caller = "custom_inverse"
     check_callables(caller, g=g, f=f)
     check_vmap_method(caller, vmap_method)
-    solver = LU() if linear_solver is None else linear_solver
-    if not hasattr(solver, "factorise"):
-        raise ValueError(f"`{caller}`: `linear_solver` is {solver!r}; choose LU() or an object with its methods.")
     return CustomInverse(
         InverseProblem(
             caller=caller,
@@ -111,7 +108,7 @@ def custom_inverse(
             vmap_method=vmap_method,
             has_aux=has_aux,
             check=check,
-            linear_solver=solver,
+            linear_solver=as_solver(caller, linear_solver),
         )
     )
 

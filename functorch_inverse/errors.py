@@ -32,7 +32,7 @@ class NoDerivativeError(FunctorchInverseError, RuntimeError):
 
 
 class NotConvergedError(FunctorchInverseError, RuntimeError):
-    """An iteration did not reach its tolerance in some samples; the text names them."""
+    """An iteration ended before it reached its tolerance; the text names the samples and what they reached."""
 
 
 class BracketError(NotConvergedError):

@@ -5,9 +5,9 @@ from typing import Any
 from torch import nn
 
 from functorch_inverse._iterate import Inverter
+from functorch_inverse._solvers import SolverLike
 from functorch_inverse._tree import Tree
 from functorch_inverse.invert import Inverted, invert
-from functorch_inverse.linear_solvers import LinearSolver
 
 __all__ = ["InverseModule"]
 
@@ -55,7 +55,7 @@ class InverseModule(nn.Module):
         event_dim: Tree = None,
         out_event_dim: Tree = None,
         inverter: Inverter | None = None,
-        linear_solver: LinearSolver | None = None,
+        linear_solver: SolverLike = None,
     ) -> None:
         super().__init__()
         if not isinstance(module, nn.Module):

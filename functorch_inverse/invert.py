@@ -10,14 +10,15 @@ from torch import Tensor
 from functorch_inverse import _torch
 from functorch_inverse._call import merge, solve
 from functorch_inverse._capture import Captured, watch
-from functorch_inverse._inverse import Evidence, InverseProblem, target_of
+from functorch_inverse._evidence import Evidence
+from functorch_inverse._inverse import InverseProblem, Pick, target_of
 from functorch_inverse._iterate import Inversion, Inverter
+from functorch_inverse._solvers import SolverLike, as_solver
 from functorch_inverse._tree import Partition, Tree, event_dims, is_differentiable
 from functorch_inverse._vectors import Layout, real_dtype, same_precision
 from functorch_inverse.custom import check_callables
 from functorch_inverse.errors import FunctorchInverseError, StructureError
 from functorch_inverse.inverters import Chandrupatla, Newton
-from functorch_inverse.linear_solvers import LU, LinearSolver
 
 __all__ = ["Inverted", "invert"]
 
@@ -52,7 +53,7 @@ class _Values:
         captured = self._captured(wanted)
         rest, values = Partition.of(args)
         constants = [t for t in tensors if not is_differentiable(t)]
-        f = Evidence(_CALLER, _Guarded(self.f, init is None), whole, chosen, rest, captured, target)
+        f = Evidence(_Guarded(self.f, init is None), whole, chosen, rest, captured, Pick(_CALLER, target))
         inverter = self._chosen(Layout.of(y, y_dims), y_dims + x_dims)
         inversion = Inversion(_CALLER, inverter, f, y_dims, x_dims)
         found = inversion(y, wanted, (*values, *constants, *captured.tensors))
@@ -171,7 +172,7 @@ def invert(
     inverter: Inverter | None = None,
     event_dim: Tree = None,
     out_event_dim: Tree = None,
-    linear_solver: LinearSolver | None = None,
+    linear_solver: SolverLike = None,
 ) -> Any:
     r"""The inverse g of a differentiable function f, with all its derivatives.
 
@@ -218,9 +219,6 @@ def invert(
     Source: Krantz and Parks, The Implicit Function Theorem (2002), theorem 3.3.1; for the iterations see the inverters.
     """
     check_callables(_CALLER, f=f)
-    solver = LU() if linear_solver is None else linear_solver
-    if not hasattr(solver, "factorise"):
-        raise ValueError(f"`{_CALLER}`: `linear_solver` is {solver!r}; choose LU() or an object with its methods.")
     if isinstance(inverter, type) or (inverter is not None and not hasattr(inverter, "traced_steps")):
         raise ValueError(f"`{_CALLER}`: `inverter` is {inverter!r}; choose Newton(), Chandrupatla(), FixedPoint() or None.")
     if isinstance(f, Inverted) and inverter is None and linear_solver is None and f.undoes(event_dim, out_event_dim):
@@ -233,6 +231,6 @@ def invert(
             event_dim=event_dim,
             out_event_dim=out_event_dim,
             vmap_method="vmap",
-            linear_solver=solver,
+            linear_solver=as_solver(_CALLER, linear_solver),
         )
     )

@@ -1,25 +1,27 @@
-"""Linear systems A u = b that stay right under every nesting of transforms.
+"""Solvers of linear systems A u = b, where A is the Jacobian of f at y: what `linear_solver=` takes.
 
-torch's own `linalg.solve` is silently wrong in nested forward mode (torch 2.13), and `lu_solve` is
-wrong where the batch shapes of the factors and of the right-hand sides broadcast. So the solve is a
-Function of its own: many right-hand sides under vmap become columns of ONE factorisation.
+Direct ones factorise once for many right-hand sides. All are frozen and equal by value.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from functorch_inverse import _torch
-from functorch_inverse.errors import SingularJacobianError
+from functorch_inverse._dense import Matrix, factorised
+from functorch_inverse._singular import named, raise_if_singular, singular, suspect
+from functorch_inverse.errors import SingularJacobianError, StructureError
+from functorch_inverse.operators import JacobianOperator
 
-__all__ = ["LU", "LinearSolver"]
+__all__ = ["LU", "Cholesky", "Factors", "LeastSquares", "LinearSolver", "Triangular"]
+
+OnSingular = Literal["raise", "nan"]
 
 
 class Factors(Protocol):
-    """A factorised square matrix A of shape (*batch, n, n)."""
+    """A square Jacobian, ready to be solved with."""
 
     def solve(self, b: Tensor, *, transpose: bool = False) -> Tensor:
         """u with A u = b, or A^T u = b; b has the shape (*batch, n)."""
@@ -27,15 +29,35 @@ class Factors(Protocol):
 
 
 class LinearSolver(Protocol):
-    """What `linear_solver=` takes: one factorisation that serves many right-hand sides."""
+    """A solver object: one factorisation that serves many right-hand sides."""
 
-    def factorise(self, matrix: Tensor) -> Factors:
-        """The factors of a matrix of shape (*batch, n, n)."""
+    def factorise(self, operator: JacobianOperator) -> Factors:
+        """What is prepared once for a Jacobian: `operator.as_matrix()` has the shape (*batch, n, n)."""
         ...
 
 
 @dataclass(frozen=True)
-class LU:
+class _Direct:
+    """A solver by factors of the whole matrix."""
+
+    on_singular: OnSingular = "raise"
+
+    def __post_init__(self) -> None:
+        if self.on_singular not in ("raise", "nan"):
+            raise ValueError(f"`{type(self).__name__}`: `on_singular` is {self.on_singular!r}; choose 'raise' or 'nan'.")
+
+    def factorise(self, operator: JacobianOperator) -> Matrix:
+        """The factors of all samples, shared by all solves with them."""
+        return factorised(self, operator.as_matrix())  # type: ignore[arg-type]
+
+    def _refuse(self, bad: Tensor) -> None:
+        """SingularJacobianError, where it is asked for and values can be looked at."""
+        if self.on_singular == "raise" and _torch.can_inspect(bad):
+            raise_if_singular(bad, f"{type(self).__name__}(on_singular='nan')")
+
+
+@dataclass(frozen=True)
+class LU(_Direct):
     r"""The direct solver: :math:`P A = L U` with partial pivoting, O(n^3) once per matrix.
 
     Args:
@@ -51,161 +73,206 @@ class LU:
     and 3.5 (condition estimation).
     """
 
-    on_singular: Literal["raise", "nan"] = "raise"
-
-    def __post_init__(self) -> None:
-        if self.on_singular not in ("raise", "nan"):
-            raise ValueError(f"`LU`: `on_singular` is {self.on_singular!r}; choose 'raise' or 'nan'.")
-
-    def factorise(self, matrix: Tensor) -> Factors:
-        """The factors of a matrix of shape (*batch, n, n), shared by all solves with it."""
-        if torch.compiler.is_dynamo_compiling():
-            return _Inverse(matrix)
-        return _LUFactors(matrix, *_Factorise.apply(matrix.detach(), self.on_singular))
-
-
-class _LUFactors(NamedTuple):
-    matrix: Tensor
-    lu: Tensor
-    pivots: Tensor
-
-    def solve(self, b: Tensor, *, transpose: bool = False) -> Tensor:
-        return _Solve.apply(*self, b.unsqueeze(-1), transpose).squeeze(-1)
-
-
-class _Inverse:
-    """For Dynamo, which drops the rules of a Function inside a transform."""
-
-    def __init__(self, matrix: Tensor) -> None:
-        inverse, info = torch.linalg.inv_ex(matrix)
-        self.inverse = torch.where((info == 0)[..., None, None], inverse, torch.nan)
-
-    def solve(self, b: Tensor, *, transpose: bool = False) -> Tensor:
-        inverse = self.inverse.mT if transpose else self.inverse
-        return (inverse @ b.unsqueeze(-1)).squeeze(-1)
-
-
-class _Factorise(Function):
-    """A -> (LU, pivots), without derivative: `_Solve` differentiates with respect to A itself."""
-
-    @staticmethod
-    def forward(matrix: Tensor, on_singular: str) -> tuple[Tensor, Tensor]:
+    def factor(self, matrix: Tensor) -> tuple[Tensor, ...]:
+        """(LU, pivots) of A^T, which lies in memory as LAPACK wants it."""
+        matrix = matrix.mT
         lu, pivots, _ = torch.linalg.lu_factor_ex(matrix)
-        suspect = _suspect(matrix, lu)
-        visible = _torch.can_inspect(lu)
-        if visible and not suspect.any():
+        doubtful = suspect(matrix, lu)
+        if _torch.can_inspect(lu) and not doubtful.any():
             return lu, pivots
-        finite = matrix.isfinite().flatten(-2).all(-1)
-        singular = finite & suspect & _singular(matrix, lu, pivots)
-        if on_singular == "raise" and visible:
-            _raise_if_any(singular)
-        return lu.masked_fill_((singular | ~finite)[..., None, None], torch.nan), pivots
+        finite = _finite(matrix)
+        bad = finite & doubtful & singular(matrix, lu, pivots)
+        self._refuse(bad)
+        return lu.masked_fill_((bad | ~finite)[..., None, None], torch.nan), pivots
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(*output)
+    def apply(self, factors: tuple[Tensor, ...], b: Tensor, transpose: bool) -> Tensor:
+        """A^-1 b, or A^-T b."""
+        n, columns = b.shape[-2:]
+        if columns <= 2 * n:
+            return torch.linalg.lu_solve(*factors, b, adjoint=not transpose)
+        # As accurate up to a small factor, and a matrix product is several times as fast as substitution.
+        unit = torch.eye(n, dtype=b.dtype, device=b.device).expand(*b.shape[:-2], n, n)
+        return torch.linalg.lu_solve(*factors, unit, adjoint=not transpose) @ b
 
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], matrix: Tensor, on_singular: str) -> tuple[Any, Any]:
-        return _Factorise.apply(matrix.movedim(in_dims[0], 0), on_singular), (0, 0)
-
-
-def _rounding(lu: Tensor) -> float:
-    return lu.shape[-1] * torch.finfo(lu.dtype).eps
-
-
-def _suspect(matrix: Tensor, lu: Tensor) -> Tensor:
-    """Which matrices are worth a closer look: where all pivots are of the size of their columns, nothing was lost."""
-    if not lu.shape[-1]:
-        return lu.new_zeros(lu.shape[:-2], dtype=torch.bool)
-    kept = lu.diagonal(dim1=-2, dim2=-1).abs() / matrix.abs().amax(-2)
-    return ~(kept.prod(-1) > 1e4 * _rounding(lu))
+    def log_abs_det(self, factors: tuple[Tensor, ...]) -> Tensor:
+        """log |det U|."""
+        return _log_of_diagonal(factors[0])
 
 
-# The computed factors are exact for some A + E with |E| <= n eps |L||U|. So A cannot be told from a singular
-# matrix where n eps | A^-1 |L||U| | >= 1. The size of A^-1 |L||U| is found by one solve with signs in front of
-# |L||U| w, w the inverse column sizes of A: then scaling rows or columns changes nothing.
-def _singular(matrix: Tensor, lu: Tensor, pivots: Tensor) -> Tensor:
-    """Which matrices are singular up to the rounding error of their own factorisation."""
-    n = lu.shape[-1]
-    size, unit = lu.abs(), torch.eye(n, dtype=lu.dtype, device=lu.device)
-    columns = matrix.abs().amax(-2).unsqueeze(-1)
-    probes = ((size.tril(-1) + unit) @ (size.triu() @ columns.reciprocal())) * _signs(n, lu)
-    unpermuted = torch.arange(1, n + 1, dtype=pivots.dtype, device=lu.device).expand_as(pivots)
-    found = torch.linalg.lu_solve(lu, unpermuted, probes)
-    return ~(_rounding(lu) * (found * columns).abs().flatten(-2).amax(-1) < 1)
+@dataclass(frozen=True)
+class Cholesky(_Direct):
+    r"""For a symmetric positive definite A, as at a minimum: :math:`A = L L^T`, half the work of `LU`.
+
+    An A that is not symmetric is an error (its derivative would be silently wrong), one that is not positive
+    definite counts as singular, with `on_singular` as for `LU`.
+
+    Raises:
+        StructureError: A is not symmetric.
+        SingularJacobianError: A is not positive definite; names the samples.
+
+    Example:
+        >>> from functorch_inverse import custom_root
+        >>> energy = lambda y, t: (y**2).sum() + y.prod() - (t * y).sum()
+        >>> argmin = custom_root(lambda t: torch.zeros(2), torch.func.grad(energy), linear_solver=Cholesky())
+        >>> torch.func.jacrev(argmin)(torch.zeros(2))
+        tensor([[ 0.6667, -0.3333],
+                [-0.3333,  0.6667]])
+
+    Source: Golub and Van Loan, Matrix Computations, 4th edition, section 4.2.
+    """
+
+    def factor(self, matrix: Tensor) -> tuple[Tensor, ...]:
+        """(L,)."""
+        lower, info = torch.linalg.cholesky_ex(matrix)
+        finite, n = _finite(matrix), matrix.shape[-1]
+        if _torch.can_inspect(matrix) and n:
+            _refuse_asymmetric(matrix, finite)
+        pivots = lower.diagonal(dim1=-2, dim2=-1)
+        tiny = n * torch.finfo(matrix.dtype).eps * matrix.diagonal(dim1=-2, dim2=-1).abs()
+        bad = finite & ((info != 0) | (pivots**2 <= tiny).any(-1))
+        if self.on_singular == "raise" and _torch.can_inspect(bad) and bad.any():
+            raise SingularJacobianError(
+                f"the Jacobian is not positive definite in {named(bad)}: y is no minimum there, or a degenerate one. Use "
+                "linear_solver=LU() for an indefinite Jacobian, or Cholesky(on_singular='nan') to get nan for these samples."
+            )
+        return (lower.masked_fill((bad | ~finite)[..., None, None], torch.nan),)
+
+    def apply(self, factors: tuple[Tensor, ...], b: Tensor, transpose: bool) -> Tensor:
+        """A^-1 b."""
+        (lower,) = factors
+        return torch.cholesky_solve(b, lower)
+
+    def log_abs_det(self, factors: tuple[Tensor, ...]) -> Tensor:
+        """2 log |det L|."""
+        return 2 * _log_of_diagonal(factors[0])
 
 
-def _signs(n: int, like: Tensor) -> Tensor:
-    """Sign patterns (n, 4) that no structure of a matrix is likely to cancel."""
-    i = torch.arange(1, n + 1, dtype=like.dtype, device=like.device)
-    return torch.stack([torch.ones_like(i), torch.cos(torch.pi * i), torch.cos(i * i), torch.cos(1.7 * i * i * i)], -1).sign()
+@dataclass(frozen=True)
+class Triangular(_Direct):
+    r"""For a triangular A, as of autoregressive f: by substitution, O(n^2) and no factorisation.
+
+    Args:
+        on_singular: as for `LU`; A is singular where its diagonal has a zero.
+        lower: whether A is lower triangular (part i of f depends on parts j <= i of y) or upper.
+
+    Raises:
+        StructureError: A has something on its other side.
+        SingularJacobianError: a zero on the diagonal; names the samples.
+
+    Example:
+        >>> from functorch_inverse import custom_inverse
+        >>> f = lambda y: y + y.cumsum(-1).tanh()
+        >>> g = custom_inverse(lambda x: x * 0, f, event_dim=1, linear_solver=Triangular(lower=True))
+        >>> torch.func.jacrev(g)(torch.zeros(2))
+        tensor([[ 0.5000,  0.0000],
+                [-0.2500,  0.5000]])
+
+    Source: Golub and Van Loan, Matrix Computations, 4th edition, section 3.1.
+    """
+
+    lower: bool = True
+
+    def factor(self, matrix: Tensor) -> tuple[Tensor, ...]:
+        """(A,)."""
+        finite = _finite(matrix)
+        other = matrix.triu(1) if self.lower else matrix.tril(-1)
+        if _torch.can_inspect(matrix):
+            _refuse_full(((other != 0).flatten(-2).any(-1) & finite), self.lower)
+        bad = finite & (matrix.diagonal(dim1=-2, dim2=-1) == 0).any(-1)
+        self._refuse(bad)
+        return (matrix.masked_fill((bad | ~finite)[..., None, None], torch.nan),)
+
+    def apply(self, factors: tuple[Tensor, ...], b: Tensor, transpose: bool) -> Tensor:
+        """A^-1 b, or A^-T b."""
+        (matrix,) = factors
+        return torch.linalg.solve_triangular(matrix.mT if transpose else matrix, b, upper=self.lower == transpose)
+
+    def log_abs_det(self, factors: tuple[Tensor, ...]) -> Tensor:
+        """log |det A|."""
+        return _log_of_diagonal(factors[0])
 
 
-def _raise_if_any(singular: Tensor) -> None:
-    if not singular.any():
-        return
-    samples = singular.flatten().nonzero().flatten().tolist()
-    some = ", ".join(map(str, samples[:10])) + (", ..." if len(samples) > 10 else "")
-    raise SingularJacobianError(
-        f"the Jacobian is singular in {len(samples)} of {singular.numel()} samples (flat indices over all batch "
-        f"dims, vmapped ones outermost: {some}), so g has no derivative there. Likely causes: f ignores or "
-        "duplicates a part of y; g returned a point where f turns around (a fold or a boundary of its domain); "
-        "`event_dim` is too large, so that unrelated samples count as one. Pass linear_solver=LU(on_singular='nan') "
-        "to get nan for these samples and right derivatives for the others."
-    )
+@dataclass(frozen=True)
+class LeastSquares(_Direct):
+    r"""Where y and x have different sizes: :math:`u = A^+ b` with the pseudo-inverse, by QR.
+
+    More outputs than inputs: f(g(x)) = x does not determine the derivative of g. To pass this solver is to
+    assert that g moves along the minimum-norm branch, :math:`\partial y / \partial x = A^+ = A^T (A A^T)^{-1}`.
+    Fewer: the equations f(y) = x are more than the unknowns, and hold together wherever g is called;
+    :math:`A^+ = (A^T A)^{-1} A^T`.
+
+    Args:
+        on_singular: as for `LU`; A must have full rank.
+
+    Raises:
+        SingularJacobianError: A does not have full rank; names the samples.
+
+    Under torch.compile only plain backward passes are possible.
+
+    Example:
+        >>> from functorch_inverse import custom_inverse
+        >>> g = custom_inverse(lambda x: torch.stack([x, x], -1) / 2, lambda y: y.sum(-1), event_dim=0, out_event_dim=1,
+        ...                    linear_solver=LeastSquares())
+        >>> torch.func.jacrev(g)(torch.tensor(3.0))
+        tensor([0.5000, 0.5000])
+
+    Source: Golub and Van Loan, Matrix Computations, 4th edition, sections 5.3 and 5.6; Golub and Pereyra (1973).
+    """
+
+    rectangular = True
+
+    def factor(self, matrix: Tensor) -> tuple[Tensor, ...]:
+        """(Q, R) of A, or of A^T where that is the tall one."""
+        wide = matrix.shape[-2] < matrix.shape[-1]
+        finite = _finite(matrix)
+        q, r = torch.linalg.qr((matrix.mT if wide else matrix).masked_fill(~finite[..., None, None], 0))
+        spread = torch.linalg.svdvals(r)
+        tiny = max(matrix.shape[-2:]) * torch.finfo(matrix.dtype).eps * spread[..., :1]
+        bad = finite & ~(spread > tiny).all(-1)
+        self._refuse(bad)
+        return q, r.masked_fill((bad | ~finite)[..., None, None], torch.nan)
+
+    # A = Q R:    A^+ = R^-1 Q^T        A^T = Q R:    A^+ = Q R^-T
+    def apply(self, factors: tuple[Tensor, ...], b: Tensor, transpose: bool) -> Tensor:
+        """A^+ b, or its transpose."""
+        q, r = factors
+        square = q.shape[-1] == q.shape[-2]
+        inside = not transpose if square else b.shape[-2] == q.shape[-2]
+        if inside:
+            return torch.linalg.solve_triangular(r, q.mT @ b, upper=True)
+        return q @ torch.linalg.solve_triangular(r.mT, b, upper=False)
+
+    def log_abs_det(self, factors: tuple[Tensor, ...]) -> Tensor:
+        """A rectangular Jacobian has no determinant."""
+        raise ValueError("LeastSquares: a rectangular Jacobian has no determinant; use LU().")
 
 
-# A X = b:    A dX = db - dA X       =>  reverse:  gb = A^-T g,   gA = -gb X^T
-# A^T X = b:  A^T dX = db - dA^T X   =>  reverse:  gb = A^-1 g,   gA = -X gb^T
-class _Solve(Function):
-    """X with A X = b (or A^T X = b) from the factors of A; b has the shape (*batch, n, k)."""
+# --- what the matrices are like ---------------------------------------------------------------------
 
-    @staticmethod
-    def forward(matrix: Tensor, lu: Tensor, pivots: Tensor, b: Tensor, transpose: bool) -> Tensor:
-        return torch.linalg.lu_solve(lu, pivots, b, adjoint=transpose)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *factors, _, ctx.transpose = inputs
-        ctx.save_for_backward(*factors, output)
-        ctx.save_for_forward(*factors, output)
-        ctx.set_materialize_grads(False)
+def _finite(matrix: Tensor) -> Tensor:
+    return matrix.isfinite().flatten(-2).all(-1)
 
-    @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
-        if g is None:
-            return None, None, None, None, None
-        *factors, x = ctx.saved_tensors
-        gb = _Solve.apply(*factors, g, not ctx.transpose)
-        ga = None
-        if ctx.needs_input_grad[0]:
-            ga = -(x @ gb.mT) if ctx.transpose else -(gb @ x.mT)
-        return ga, None, None, gb, None
 
-    @staticmethod
-    def jvp(ctx: Any, da: Tensor | None, _lu: None, _pivots: None, db: Tensor | None, _t: None) -> Tensor | None:
-        with _torch.forward_mode_again():
-            *factors, x = [_torch.primal(t) for t in ctx.saved_tensors]
-            assert x is not None
-            da, db = _torch.primal(da), _torch.primal(db)
-            if da is not None:
-                moved = (da.mT if ctx.transpose else da) @ x
-                db = -moved if db is None else db - moved
-            return None if db is None else _Solve.apply(*factors, db, ctx.transpose)
+def _log_of_diagonal(matrix: Tensor) -> Tensor:
+    return matrix.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)
 
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[Any, ...], matrix: Tensor, lu: Tensor, pivots: Tensor, b: Tensor, transpose: bool
-    ) -> tuple[Tensor, int]:
-        dims = in_dims[:4]
-        if dims[0] is None and dims[1] is None:
-            columns = b.movedim(dims[3], -1)
-            x = _Solve.apply(matrix, lu, pivots, columns.flatten(-2), transpose)
-            return x.unflatten(-1, columns.shape[-2:]), columns.ndim - 1
-        size = info.batch_size
-        moved = [
-            t.expand(size, *t.shape).contiguous() if d is None else t.movedim(d, 0)
-            for t, d in zip((matrix, lu, pivots, b), dims, strict=True)
-        ]
-        return _Solve.apply(*moved, transpose), 0
+
+def _refuse_asymmetric(matrix: Tensor, finite: Tensor) -> None:
+    size = matrix.abs().flatten(-2).amax(-1)
+    gap = (matrix - matrix.mT).abs().flatten(-2).amax(-1)
+    bad = finite & (gap > 1e3 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps * size)
+    if bad.any():
+        raise StructureError(
+            f"Cholesky: the Jacobian is not symmetric in {named(bad)}. It is where the residual is the gradient of a "
+            "function; otherwise use linear_solver=LU()."
+        )
+
+
+def _refuse_full(bad: Tensor, lower: bool) -> None:
+    if bad.any():
+        here, other = ("lower", "above") if lower else ("upper", "below")
+        raise StructureError(
+            f"Triangular: the Jacobian is not {here} triangular, there is something {other} the diagonal in {named(bad)}. "
+            f"Use Triangular(lower={not lower}) if it is the other way round, or LU()."
+        )

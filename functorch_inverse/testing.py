@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functorch_inverse._solvers import SolverLike
 from functorch_inverse._tree import Partition, Tree, is_differentiable
 from functorch_inverse._vectors import real_dtype
 from functorch_inverse.custom import custom_inverse
 from functorch_inverse.errors import DerivativeError, StructureError
-from functorch_inverse.linear_solvers import LinearSolver
 
 __all__ = ["check_derivatives", "check_inverse"]
 
@@ -22,7 +22,7 @@ def check_inverse(
     *args: Tree,
     event_dim: Tree = None,
     out_event_dim: Tree = None,
-    linear_solver: LinearSolver | None = None,
+    linear_solver: SolverLike = None,
     has_aux: bool = False,
     rtol: float | None = None,
     step: float | None = None,

@@ -103,6 +103,18 @@ class Problem:
         """What is under test, as a function of the inputs."""
         return self._function(fi.custom_inverse)
 
+    def root(self, linear_solver: Any = None) -> Callable[..., tuple[Tensor, ...]]:
+        """The same as the root of a residual, f(y, *theta) - x."""
+        return self._function(
+            lambda g, f, **options: fi.custom_root(g, Minus(f), linear_solver=linear_solver, **_of_y(options))
+        )
+
+    def fixed_point(self, linear_solver: Any = None) -> Callable[..., tuple[Tensor, ...]]:
+        """The same as a fixed point, of y - 0.3 (f(y, *theta) - x); y must be like x."""
+        return self._function(
+            lambda g, f, **options: fi.custom_fixed_point(g, Damped(f), linear_solver=linear_solver, **_of_y(options))
+        )
+
     def closed_form(self) -> Callable[..., tuple[Tensor, ...]]:
         """The truth, as a function of the inputs."""
         return replace(self, way="args")._function(lambda g, f, **options: self.exact)
@@ -118,6 +130,32 @@ class Problem:
             return tuple(map(_to_real, _split(call(x, theta))[0]))
 
         return function
+
+
+@dataclass(frozen=True)
+class Minus:
+    """The residual f(y, *theta) - x, as a tuple of leaves."""
+
+    f: Callable[..., Any]
+
+    def __call__(self, y: Any, x: Any, *theta: Any) -> tuple[Tensor, ...]:
+        return tuple(a - b for a, b in zip(_split(self.f(y, *theta))[0], _split(x)[0], strict=True))
+
+
+@dataclass(frozen=True)
+class Damped:
+    """The map y - 0.3 (f(y, *theta) - x), in the structure of y."""
+
+    f: Callable[..., Any]
+
+    def __call__(self, y: Any, x: Any, *theta: Any) -> Any:
+        leaves, join = _split(y)
+        return join([a - 0.3 * r for a, r in zip(leaves, Minus(self.f)(y, x, *theta), strict=True)])
+
+
+def _of_y(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of an inverse, for a root: event_dim describes y."""
+    return {"event_dim": options.get("out_event_dim", options.get("event_dim"))}
 
 
 def _by_args(problem: Problem, rule: Callable[..., Any]) -> Callable[..., Any]:

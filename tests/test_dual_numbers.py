@@ -29,11 +29,11 @@ def reverse_over_forward(h, inputs):
         return torch.autograd.grad(total(moved), inputs)
 
 
-def forward_over_reverse(h, inputs):
+def forward_over_reverse(h, inputs, create_graph=True):
     inputs = live(inputs)
     with dual_level():
         duals = tuple(map(make_dual, inputs, tangents(inputs)))
-        grads = torch.autograd.grad(loss(h)(*duals), inputs, create_graph=True)
+        grads = torch.autograd.grad(loss(h)(*duals), inputs, create_graph=create_graph)
         return [tuple(unpack_dual(g)) for g in grads]
 
 
@@ -65,6 +65,12 @@ def test_reverse_over_forward(problem):
 @every_problem
 def test_forward_over_reverse(problem):
     assert_close_to_exact(forward_over_reverse, problem)
+
+
+@every_problem
+def test_forward_over_reverse_without_a_graph_of_it(problem):
+    """Tangents flow through a backward pass whether or not it is recorded."""
+    assert_close_to_exact(lambda h, inputs: forward_over_reverse(h, inputs, create_graph=False), problem)
 
 
 @every_problem

@@ -1,0 +1,40 @@
+"""What is known of y, as a function of leaves."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from functorch_inverse._call import merge
+from functorch_inverse._capture import Captured
+from functorch_inverse._tree import Partition, Tree
+
+__all__ = ["Evidence"]
+
+Tensors = Sequence[Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """f(y, *args) on leaves: (y leaves, theta leaves) -> leaves, where theta = (args, constants of y, captured).
+
+    `pick` takes what f returned to its leaves. The last `unread` of theta are nothing that f reads.
+    """
+
+    f: Any
+    y: Partition
+    differentiable: tuple[bool, ...]
+    args: Partition
+    captured: Captured
+    pick: Callable[[Tree], tuple[Tensor, ...]]
+    unread: int = 0
+
+    def __call__(self, y: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
+        theta = theta[: len(theta) - self.unread]
+        n = len(self.args.places)
+        m = len(theta) - self.captured.count
+        everything = self.y.join(merge(self.differentiable, y, theta[n:m]))
+        self.captured.verify()
+        with self.captured.running(theta[m:], (*y, *theta)):
+            return self.pick(self.f(everything, *self.args.join(theta[:n])))

@@ -1,0 +1,110 @@
+"""What `linear_solver=` may be: a solver object, an iteration that finds values, or a callable of the user's own."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from functorch_inverse.errors import NotConvergedError, StructureError
+from functorch_inverse.krylov import GMRES, Krylov
+from functorch_inverse.linear_solvers import LU, Factors, LinearSolver
+from functorch_inverse.operators import JacobianOperator, MatVec, System, ValueSolver
+
+__all__ = ["SolverLike", "as_solver", "with_jacobian"]
+
+SolverLike: TypeAlias = LinearSolver | Krylov | ValueSolver | Callable[[MatVec, Tensor], Tensor] | None
+
+
+@dataclass(frozen=True)
+class _ByValues:
+    """A solver that knows only values; the derivative comes from what it solves."""
+
+    solver: ValueSolver
+
+    def factorise(self, operator: JacobianOperator) -> Factors:
+        return _Iterated(self.solver, operator)
+
+
+@dataclass(frozen=True)
+class _Iterated:
+    solver: ValueSolver
+    operator: JacobianOperator
+
+    def solve(self, b: Tensor, *, transpose: bool = False) -> Tensor:
+        return self.operator.solve(self.solver, b, transpose=transpose)
+
+
+@dataclass(frozen=True)
+class _Iteration:
+    """A Krylov solver, preconditioned by what is near A where there is such a thing."""
+
+    krylov: Krylov
+
+    def values(self, system: System, b: Tensor) -> Tensor:
+        if system.near is None:
+            return self.krylov.run(system.mv, b, transposed=system.rmv, transpose=system.transpose).value
+        return replace(self.krylov, preconditioner=system.near).run(system.mv, b, transposed=system.rmv).value
+
+
+@dataclass(frozen=True)
+class _Callable:
+    """`solve(mv, rhs)` as the user wrote it, with its result looked at."""
+
+    function: Callable[[MatVec, Tensor], Tensor]
+
+    def values(self, system: System, b: Tensor) -> Tensor:
+        u = self.function(system.mv, b)
+        if not isinstance(u, Tensor) or u.shape != b.shape or u.dtype != b.dtype:
+            arrived = f"{u.dtype} of shape {tuple(u.shape)}" if isinstance(u, Tensor) else type(u).__name__
+            raise StructureError(
+                f"`linear_solver`: solve(mv, rhs) returned {arrived}; needed is {b.dtype} of shape {tuple(b.shape)}."
+            )
+        error, size = (system.mv(u) - b).norm(dim=-1), b.norm(dim=-1)
+        bad = error > torch.finfo(b.dtype).eps ** 0.5 * size
+        if bad.any():
+            worst = (error / size)[bad].max().item()
+            raise NotConvergedError(
+                f"`linear_solver`: solve(mv, rhs) left a relative residual of {worst:.3g} in {int(bad.sum())} of "
+                f"{bad.numel()} systems; the derivative would be wrong. Let it iterate longer, or use GMRES()."
+            )
+        return u
+
+
+def as_solver(caller: str, solver: Any) -> LinearSolver:
+    """What `linear_solver=` was given, as an object that factorises."""
+    if solver is None:
+        return LU()
+    if isinstance(solver, type):
+        raise ValueError(f"`{caller}`: `linear_solver` is the class {solver.__name__}; pass an object, {solver.__name__}().")
+    if hasattr(solver, "factorise"):
+        return solver
+    if isinstance(solver, Krylov):
+        return _ByValues(_Iteration(solver))
+    if hasattr(solver, "values"):
+        return _ByValues(solver)
+    if callable(solver):
+        return _ByValues(_Callable(solver))
+    raise ValueError(
+        f"`{caller}`: `linear_solver` is {solver!r}; choose LU(), Cholesky(), Triangular(), LeastSquares(), "
+        "Banded(lower, upper), CG(), NormalCG(), GMRES(), BiCGStab(), or a callable solve(mv, rhs)."
+    )
+
+
+def with_jacobian(caller: str, solver: Any) -> LinearSolver:
+    """A solver that uses a matrix close to the Jacobian: an iteration that it preconditions."""
+    found = GMRES() if solver is None else solver
+    if not isinstance(found, Krylov):
+        raise ValueError(
+            f"`{caller}`: `linear_solver` is {solver!r}; with has_jacobian=True the Jacobian that `solve` returned "
+            "preconditions an iteration: leave it out, or choose GMRES(), BiCGStab(), CG() or NormalCG()."
+        )
+    return _Preconditioned(_Iteration(found))
+
+
+@dataclass(frozen=True)
+class _Preconditioned(_ByValues):
+    def factorise(self, operator: JacobianOperator) -> Factors:
+        """Under Dynamo, where nothing can iterate, the Jacobian is built after all."""
+        return LU().factorise(operator) if torch.compiler.is_dynamo_compiling() else super().factorise(operator)
