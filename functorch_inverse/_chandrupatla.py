@@ -49,10 +49,11 @@ class BracketState(NamedTuple):
     bracketed: Tensor
     # How wide a bracket may be after the next step.
     budget: Tensor
-    # Below, the width of a bracket is rounding error.
-    tiny: Tensor
-    # By how much f differed at the ends of the first bracket.
+    # The width of the first bracket, 1 at most: what is large and small for a root close to 0.
+    unit: Tensor
+    # By how much f differed at the ends of the last bracket that was as wide as y is large, and half that exactly known.
     span: Tensor
+    near: Tensor
 
 
 def inside(y: Tensor, lower: float | None, upper: float | None) -> Tensor:
@@ -78,7 +79,7 @@ def started(y: Tensor, residual: Tensor, lower: float | None, upper: float | Non
         y=y, residual=residual, trial=y, status=status, a=a, fa=fa, b=a, fb=fa, c=a, fc=fa, m=a,
         lower=zero + (-limit if lower is None else lower), upper=zero + (limit if upper is None else upper),
         up=~no, size=(a.abs() / 2).clamp_min(2.0**-7), tries=zero + 1, rising=zero, bracketed=no, budget=zero,
-        tiny=zero, span=zero,
+        unit=zero, span=zero, near=zero,
     )  # fmt: skip
     return state._replace(trial=_outside(state).unsqueeze(-1))
 
@@ -88,7 +89,7 @@ def advanced(state: BracketState, x: Tensor, residual: Tensor, jacobian: object,
     s, p, fp = state, state.trial.squeeze(-1), residual.squeeze(-1)
     # What is flat within rounding is neither rising nor falling.
     noise = options.eps**0.5 * (x.squeeze(-1).abs() + s.fa.abs() + s.fb.abs())
-    grown, shrunk = _expanded(s, p, fp, noise, options), _shrunk(s, p, fp, noise)
+    grown, shrunk = _expanded(s, p, fp, noise), _shrunk(s, p, fp, noise)
     s = BracketState(*(chosen(s.bracketed, i, o) for i, o in zip(shrunk, grown, strict=True)))
     s = _interpolating(s, x.squeeze(-1), options)
     trial = torch.where(s.bracketed, s.m, _outside(s))
@@ -109,7 +110,7 @@ def _outside(s: BracketState) -> Tensor:
     return torch.where(s.up, above, below)
 
 
-def _expanded(s: BracketState, p: Tensor, fp: Tensor, noise: Tensor, options: Options) -> BracketState:
+def _expanded(s: BracketState, p: Tensor, fp: Tensor, noise: Tensor) -> BracketState:
     """A new lowest or highest point, or a bracket between it and the one before."""
     unknown = fp.isnan()
     e, fe = torch.where(s.up, s.b, s.a), torch.where(s.up, s.fb, s.fa)
@@ -129,8 +130,8 @@ def _expanded(s: BracketState, p: Tensor, fp: Tensor, noise: Tensor, options: Op
         b=torch.where(crossed, e, b), fb=torch.where(crossed, fe, fb),
         up=up, tries=torch.where(unknown, 1, s.tries + 1), rising=torch.where(s.rising == 0, way, s.rising),
         lower=torch.where(unknown & ~s.up, p, s.lower), upper=torch.where(unknown & s.up, p, s.upper),
-        bracketed=crossed, budget=width * 2.0 ** (SLACK - 1), status=status, span=(fp - fe).abs(),
-        tiny=width.clamp_max(1.0) * options.eps**1.5 if options.atol < 0 else torch.zeros_like(width) + options.atol,
+        bracketed=crossed, budget=width * 2.0 ** (SLACK - 1), status=status, unit=width.clamp_max(1.0),
+        span=(fp - fe).abs(), near=(fp - fe).abs(),
     )  # fmt: skip
 
 
@@ -150,22 +151,45 @@ def _shrunk(s: BracketState, p: Tensor, fp: Tensor, noise: Tensor) -> BracketSta
 
 def _interpolating(s: BracketState, x: Tensor, options: Options) -> BracketState:
     """The better end of the bracket, whether it will do, and where to look next."""
+    s = _measured(s, options)
     first = s.fa.abs() < s.fb.abs()
     y, error = torch.where(first, s.a, s.b), torch.where(first, s.fa, s.fb)
-    width = (s.b - s.a).abs()
-    allowed = s.tiny + options.rtol * y.abs()
-    found = (error == 0) | s.bracketed & (width <= 2 * allowed)
+    width, exact = (s.b - s.a).abs(), error.abs() <= 4 * options.eps * x.abs()
+    atol = torch.where(exact, s.unit * options.eps**1.5, 0) if options.atol < 0 else options.atol
+    allowed = atol + max(options.rtol, options.eps) * y.abs()
     t, reach = _interpolated(s), s.budget / width
-    middle, wide = _middle(s)
+    middle, wide = _middle(s, options)
     far = wide & ((t == 0.5) | (reach < 1))
     edge = (allowed / width).clamp_max(0.5)
     t = torch.minimum(torch.maximum(t, edge), 1 - edge)
     t = torch.where(reach < 0.5, 0.5, torch.minimum(torch.maximum(t, 1 - reach), reach))
     m, budget = torch.where(far, middle, s.a + t * (s.b - s.a)), torch.where(far, width * 2.0**SLACK, s.budget)
-    # A sign change alone is no solution; f as steep as this cannot be told from a jump.
-    jumps = ~(error.abs() <= options.eps**0.25 * (x.abs() + s.span)) & (error != 0) & (width <= 8 * options.eps * y.abs())
-    status = torch.where(found & (s.status == RUNNING), torch.where(jumps, JUMPS, DONE), s.status)
-    return s._replace(y=y.unsqueeze(-1), residual=error.unsqueeze(-1), m=m, budget=budget, status=status)
+    s = s._replace(y=y.unsqueeze(-1), residual=error.unsqueeze(-1), m=m, budget=budget)
+    return s._replace(status=_status(s, x, exact, width <= 2 * allowed, options))
+
+
+def _measured(s: BracketState, options: Options) -> BracketState:
+    """By how much f differs over brackets that are still wide; infinite differences say nothing."""
+    width, height, big = (s.b - s.a).abs(), (s.fb - s.fa).abs(), torch.maximum(s.a.abs(), s.b.abs())
+    span = torch.where((width > torch.maximum(big, s.unit) / 4) | ~s.span.isfinite(), height, s.span)
+    return s._replace(span=span, near=torch.where((width > options.eps**0.5 * big) | ~s.near.isfinite(), height, s.near))
+
+
+# A sign change in a narrow bracket is no solution yet: f may jump there. It does not where it changes over the bracket
+# no faster than over wider ones, or by rounding errors; or, where no narrower bracket exists, by much less than it
+# did over one of half as many digits. f as steep as to fail that cannot be told from a jump.
+def _status(s: BracketState, x: Tensor, exact: Tensor, narrow: Tensor, options: Options) -> Tensor:
+    """DONE or JUMPS where the bracket is narrow enough to say so."""
+    width, height, big = (s.b - s.a).abs(), (s.fb - s.fa).abs(), torch.maximum(s.a.abs(), s.b.abs())
+    zero = big <= 4 * torch.finfo(x.dtype).tiny
+    last = zero | (width <= 4 * options.eps * big)
+    # Around 0 nothing but x tells how large the terms of f are.
+    span = torch.where(zero, s.span.clamp_max(1.0), s.span)
+    smooth = height <= 16 * s.span * width / torch.maximum(big, s.unit) + 100 * options.eps * (x.abs() + span)
+    smooth = (smooth | (last & (height <= options.eps**0.125 * s.near))) & height.isfinite()
+    ended = s.bracketed & (s.status == RUNNING) & (narrow | last)
+    status = torch.where(ended & (smooth | exact), DONE, torch.where(ended & last, JUMPS, s.status))
+    return torch.where((s.residual.squeeze(-1) == 0) & (s.status == RUNNING), DONE, status)
 
 
 def _interpolated(s: BracketState) -> Tensor:
@@ -177,11 +201,12 @@ def _interpolated(s: BracketState) -> Tensor:
     return torch.where(monotone & t.isfinite(), t, 0.5)
 
 
-# A bracket from 1 to 1e100 would be halved some 300 times before anything happens near 1.
-def _middle(s: BracketState) -> tuple[Tensor, Tensor]:
+# A bracket from 1 to 1e100 would be halved some 300 times before anything happens near 1; so would one around 0.
+def _middle(s: BracketState, options: Options) -> tuple[Tensor, Tensor]:
     """The geometric middle of a bracket (0 between different signs), and whether it spans orders of magnitude."""
     small, big = torch.minimum(s.a.abs(), s.b.abs()), torch.maximum(s.a.abs(), s.b.abs())
     opposite = s.a.sign() * s.b.sign() < 0
-    small = small.clamp_min(1.0)
+    deep = (s.b - s.a).abs() <= options.eps**0.5 * s.unit
+    small = torch.where(deep, small.clamp_min(torch.finfo(small.dtype).tiny), small.clamp_min(1.0))
     sign = torch.where(s.a.abs() > s.b.abs(), s.a, s.b).sign()
-    return torch.where(opposite, 0, sign * small.sqrt() * big.sqrt()), big > 2.0**10 * small
+    return torch.where(opposite, 0, sign * small.sqrt() * big.sqrt()), (big > 2.0**10 * small) | (deep & opposite)

@@ -33,25 +33,39 @@ class NewtonState(NamedTuple):
     length: Tensor
     # What makes the equations comparable: one over the size of each.
     weight: Tensor
-    # A residual that rounding may be the reason of: rtol of what it was at the start.
+    # A residual that rounding errors here may be the reason of.
     floor: Tensor
 
 
-def arrived(x: Tensor, y: Tensor, residual: Tensor, matrix: Tensor, floor: Tensor | None, options: Options) -> NewtonState:
-    """The state at a point that is believed."""
+def arrived(x: Tensor, y: Tensor, residual: Tensor, matrix: Tensor, before: Tensor, options: Options) -> NewtonState:
+    """The state at a point that is believed; `before` is the residual at the last one, 0 at the start."""
     # The size of rounding errors: x and the terms of A y are what f(y) - x is made of. Each equation has its own.
-    scale = x.abs() + (matrix.abs() @ y.abs().unsqueeze(-1)).squeeze(-1)
-    weight = 1 / (scale + residual.abs()).clamp_min(torch.finfo(y.dtype).tiny)
+    scale, error = x.abs() + (matrix.abs() @ y.abs().unsqueeze(-1)).squeeze(-1), residual.abs()
+    weight = 1 / (scale + error).clamp_min(torch.finfo(y.dtype).tiny)
     direction = _direction(weight.unsqueeze(-1) * matrix, weight * residual)
-    done = (residual.abs() <= options.atol + options.rtol * scale).all(-1)
+    done = _done(x, error, before.abs(), scale, options).all(-1)
     finite = residual.isfinite().all(-1)
     status = torch.where(direction.isfinite().all(-1) & finite, RUNNING, torch.where(finite, STUCK, UNDEFINED))
     trial = y - direction
-    # Once more without a look at f, since the step is known: it squares an error that is small already.
-    small = largest(direction) <= options.eps**0.25 * largest(y)
-    y, floor = chosen(done & small, trial, y), options.rtol * (scale + residual.abs()) if floor is None else floor
+    # Once more without a look at f, since the step is known: it squares an error that is small already, in each number.
+    size = options.eps**0.25 * y.abs() + options.eps**0.75 * largest(y).unsqueeze(-1)
+    y = chosen(done & (direction.abs() <= size).all(-1), trial, y)
     length = torch.ones_like(x[..., :1].sum(-1))
+    floor = _ROUNDING * options.eps * scale
     return NewtonState(y, residual, trial, torch.where(done, DONE, status), direction, length, weight, floor)
+
+
+# How many rounding errors f may be made of.
+_ROUNDING = 100
+
+
+# That A y is large makes a residual small only where A holds: close to a pole of f it does not, and Newton's steps are
+# slow there. So the last step must have paid.
+def _done(x: Tensor, error: Tensor, before: Tensor, scale: Tensor, options: Options) -> Tensor:
+    """Which equations hold."""
+    quick = (error <= before / 4) | (error <= 4 * options.eps * scale)
+    small = (error <= options.atol + options.rtol * scale) & quick & scale.isfinite()
+    return small | (error <= options.atol + options.rtol * x.abs())
 
 
 def advanced(
@@ -63,7 +77,7 @@ def advanced(
     stay = _shorter(state, after / before, options)
     if _torch.can_inspect(better) and not better.any():
         return stay
-    go = arrived(x, state.trial, residual, jacobian(), state.floor, options)
+    go = arrived(x, state.trial, residual, jacobian(), state.residual, options)
     return NewtonState(*(chosen(better, a, b) for a, b in zip(go, stay, strict=True)))
 
 
@@ -72,9 +86,8 @@ def _shorter(state: NewtonState, ratio: Tensor, options: Options) -> NewtonState
     t = state.length
     best = (t**2 / (ratio**2 - 1 + 2 * t)).nan_to_num(nan=0.0)
     length = torch.minimum(torch.maximum(best, 0.1 * t), 0.5 * t)
-    # Close to the solution a Newton step fails only because of rounding: there is nothing better.
-    close = largest(state.direction) <= options.eps**0.5 * largest(state.y)
-    exhausted = close | (state.residual.abs() <= state.floor).all(-1)
+    # A residual of this size is all rounding: no step makes it smaller. Elsewhere a shorter one may.
+    exhausted = (state.residual.abs() <= state.floor).all(-1)
     status = torch.where(exhausted, DONE, torch.where(length < options.eps**0.75, STUCK, state.status))
     return state._replace(trial=state.y - length.unsqueeze(-1) * state.direction, length=length, status=status)
 

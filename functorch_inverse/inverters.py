@@ -81,7 +81,7 @@ class Newton:
 
     def start(self, equation: Equation, y: Tensor, point: Point) -> _newton.NewtonState:
         """The first state."""
-        return _newton.arrived(equation.x, y, point.residual, point.jacobian(), None, self.options(equation.eps))
+        return _newton.arrived(equation.x, y, point.residual, point.jacobian(), torch.zeros_like(y), self.options(equation.eps))
 
     def advice(self, status: int) -> str:
         """What to try after a failure."""

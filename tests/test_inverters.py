@@ -210,7 +210,7 @@ def steps(f, lower, upper):
     width = b - a
     s = s._replace(
         a=a, fa=f(a), b=b, fb=f(b), bracketed=torch.ones(1, dtype=torch.bool), budget=width * 2.0 ** (_chandrupatla.SLACK - 1),
-        m=(a + b) / 2, span=(f(a) - f(b)).abs(), trial=((a + b) / 2).unsqueeze(-1),
+        m=(a + b) / 2, span=(f(a) - f(b)).abs(), near=(f(a) - f(b)).abs(), trial=((a + b) / 2).unsqueeze(-1),
     )  # fmt: skip
     count = 0
     while (s.status == RUNNING).any():
