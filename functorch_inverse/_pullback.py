@@ -44,6 +44,11 @@ class Pullback:
         return (_GraphPullback if _torch.plain() else _FuncPullback)(f, y, theta, wanted)
 
     @staticmethod
+    def of_values(f: Function, y: Tensors, theta: Tensors) -> "Pullback":
+        """Evaluate f where nobody differentiates what comes of it, whatever is open outside."""
+        return (_FuncPullback if _torch.transforms_active() else _GraphPullback)(f, y, theta, ())
+
+    @staticmethod
     def open(f: Function, y: Tensors) -> "Pullback":
         """Evaluate f in the open graph, so that everything it reads is differentiated as anywhere else."""
         return _FuncPullback(f, y, (), ()) if _torch.transforms_active() else _OpenPullback(f, y)
@@ -119,10 +124,11 @@ class _OpenPullback(_GraphPullback):
         self.theta, self.transposed = [], None
         with torch.inference_mode(False), torch.enable_grad():
             y = [t.clone() if t.is_inference() else t for t in y]
-            self.y = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in y]
+            self.y = [t.view_as(t) if t.requires_grad else t.view_as(t).requires_grad_() for t in y]
             self.outputs = _evaluate(f, self.y, ())
         # Where nothing but y itself is tracked, nobody outside waits for a graph.
-        self.closed = not any(t.requires_grad for t in y) and _graph(self.outputs, self.y)[1] is None
+        tracked = any(t.requires_grad for t in y) or _graph(self.outputs, self.y)[1] is not None
+        self.closed = not ((tracked and torch.is_grad_enabled()) or _torch.dual_level_open())
 
     def matrix(self) -> Tensor | None:
         return None
@@ -131,11 +137,11 @@ class _OpenPullback(_GraphPullback):
         with torch.inference_mode(False), torch.enable_grad():
             cotangents = tuple(c.clone() if c.is_inference() else c for c in cotangents)
             grads = torch.autograd.grad(self.outputs, inputs, cotangents, create_graph=True, materialize_grads=True)
-        return tuple(t.detach() for t in grads) if self.closed or not torch.is_grad_enabled() else grads
+        return tuple(t.detach() for t in grads) if self.closed else grads
 
     @property
     def values(self) -> tuple[Tensor, ...]:
-        return tuple(t.detach() for t in self.outputs) if self.closed or not torch.is_grad_enabled() else self.outputs
+        return tuple(t.detach() for t in self.outputs) if self.closed else self.outputs
 
 
 class _FuncPullback(Pullback):

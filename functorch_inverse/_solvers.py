@@ -7,10 +7,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from functorch_inverse._matrix_free import System, ValueSolver, solve_by_values
 from functorch_inverse.errors import NotConvergedError, StructureError
 from functorch_inverse.krylov import GMRES, Krylov
 from functorch_inverse.linear_solvers import LU, Factors, LinearSolver
-from functorch_inverse.operators import JacobianOperator, MatVec, System, ValueSolver
+from functorch_inverse.operators import JacobianOperator, MatVec
 
 __all__ = ["SolverLike", "as_solver", "with_jacobian"]
 
@@ -33,7 +34,7 @@ class _Iterated:
     operator: JacobianOperator
 
     def solve(self, b: Tensor, *, transpose: bool = False) -> Tensor:
-        return self.operator.solve(self.solver, b, transpose=transpose)
+        return solve_by_values(self.operator, self.solver, b, transpose=transpose)
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ __all__ = [
     "can_inspect",
     "derivative_order",
     "derivatives_possible",
+    "dual_level_open",
     "fake_mode",
     "forward_levels",
     "forward_mode_again",
@@ -98,6 +99,11 @@ is_legacy_batched = _functorch.is_legacy_batchedtensor
 def transforms_active() -> bool:
     """Whether any torch.func transform is open."""
     return torch.compiler.is_dynamo_compiling() or _are_functorch_transforms_active()
+
+
+def dual_level_open() -> bool:
+    """Whether tangents may flow, of torch.func.jvp or a plain dual level."""
+    return forward_ad._current_level >= 0
 
 
 def plain() -> bool:

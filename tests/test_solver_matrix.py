@@ -292,6 +292,36 @@ def test_nan_for_singular_samples_alone(solver):
     assert_close([x.grad[::2]], [0.5 / x.detach()[::2].abs().sqrt()])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("large", ["entry", "row", "column"])
+def test_entries_outside_of_bands_are_seen_beside_large_ones(dtype, large):
+    """A penalty of 1e6 in one place must not hide a one in another."""
+    A = 3 * torch.eye(6, dtype=dtype) - torch.diag(torch.ones(5, dtype=dtype), 1) - torch.diag(torch.ones(5, dtype=dtype), -1)
+    A[{"entry": (1, 1), "row": 1, "column": (slice(None), 1)}[large]] *= 1e6
+    h = fi.custom_inverse(lambda x: torch.linalg.solve(A, x), lambda y: y @ A.T, event_dim=1, linear_solver=fi.Banded(1, 1))
+    x = torch.ones(6, dtype=dtype)
+    jacrev(h)(x)
+    A[4, 1] = -1.0
+    with pytest.raises(fi.StructureError, match="outside of 1"):
+        jacrev(h)(x)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [fi.LU(), fi.LeastSquares(), fi.GMRES(), fi.BiCGStab(), fi.Banded(0, 0), fi.Triangular(), fi.CG(), fi.Cholesky()],
+    ids=repr,
+)
+def test_a_residual_in_another_precision_than_y(solver):
+    """y is float32, as the first argument; the residual float64, as the second."""
+    a, b = torch.tensor([1.0, 2.0]), torch.tensor([1.5, 2.5], dtype=torch.float64)
+    root = fi.custom_root(lambda a, b: a / b, lambda y, a, b: y * b - a, event_dim=1, linear_solver=solver, check=1e-5)
+    pushed = jvp(root, (a, b), (a.cos(), b.sin()))[1]
+    pulled = grad(lambda a, b: root(a, b).sum(), (0, 1))(a, b)
+    assert pushed.dtype == torch.float32 and [t.dtype for t in pulled] == [torch.float32, torch.float64]
+    torch.testing.assert_close(pushed.double(), a.cos() / b - a * b.sin() / b**2, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(pulled[1], -a / b**2, rtol=1e-6, atol=1e-6)
+
+
 def test_banded_options():
     for wrong in ({"lower": -1, "upper": 0}, {"lower": 1, "upper": 1, "on_singular": "inf"}):
         with pytest.raises(ValueError, match="Banded"):
