@@ -7,7 +7,6 @@ A solve whose inside cannot be differentiated (an iteration) gets its derivative
     A u = b    =>    A du = db - dA u
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
@@ -89,18 +88,11 @@ class JacobianOperator:
         self.batch = batch_shape(y, equation.y_dims, equation.caller, "y")
         # None: f reads everything but y by itself, in the open graph.
         self.pullback = Pullback.open(equation.f, y) if wanted is None else Pullback.of(equation.f, y, theta, wanted)
-        self.x_dims = equation.x_dims or _root_dims(equation, self.pullback.outputs, self.batch)
+        outputs = self.pullback.outputs
+        self.x_dims = equation.x_dims or _root_dims(equation, outputs, self.batch)
+        # The leaves as one vector: what A is applied to, and what it gives.
+        self.inputs, self.outputs = Layout.of(y, equation.y_dims), Layout.of(outputs, self.x_dims)
         self.frozen = False
-
-    @functools.cached_property
-    def inputs(self) -> Layout:
-        """The leaves of y in a vector that A is applied to."""
-        return Layout.of(self.y, self.equation.y_dims)
-
-    @functools.cached_property
-    def outputs(self) -> Layout:
-        """The leaves of f(y) in a vector that A gives."""
-        return Layout.of(self.pullback.outputs, self.x_dims)
 
     @property
     def shape(self) -> tuple[int, int]:
