@@ -36,7 +36,11 @@ class Pullback:
     @staticmethod
     def of(f: Function, y: Tensors, theta: Tensors, wanted: Sequence[int]) -> "Pullback":
         """Evaluate f at a point; `wanted` are the positions of theta to differentiate."""
-        return (_GraphPullback if _torch.plain() else _FuncPullback)(f, y, theta, wanted)
+        if _torch.plain():
+            return _GraphPullback(f, y, theta, wanted)
+        # Outside of the transform that they come from, tensors have no graph of their own.
+        recorded = _torch.recording() and all(t.requires_grad for t in y)
+        return (_RecordedPullback if recorded else _FuncPullback)(f, y, theta, wanted)
 
     @staticmethod
     def open(f: Function, y: Tensors) -> "Pullback":
@@ -101,7 +105,29 @@ class _GraphPullback(Pullback):
     def _grad(self, inputs: list[Tensor], cotangents: Tensors) -> tuple[Tensor, ...]:
         live = [o.requires_grad for o in self.outputs]
         outputs, grads = itertools.compress(self.outputs, live), itertools.compress(cotangents, live)
-        return _torch.graph_grad(tuple(outputs), tuple(inputs), tuple(grads))
+        return self._run(tuple(outputs), tuple(inputs), tuple(grads))
+
+    def _run(self, outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return _torch.graph_grad(outputs, inputs, grads)
+
+
+class _RecordedPullback(_GraphPullback):
+    """The same with create_graph: plain autograd differentiates what is computed, to y and theta."""
+
+    def __init__(self, f: Function, y: Tensors, theta: Tensors, wanted: Sequence[int]) -> None:
+        # Nodes of their own, for the derivative of f alone: y depends on theta, too.
+        self.y, leaves, self.transposed = [_own_node(t) for t in y], list(theta), None
+        for i in wanted:
+            leaves[i] = _own_node(theta[i])
+        self.theta = [leaves[i] for i in wanted]
+        self.outputs = _evaluate(f, self.y, leaves)
+        _nodes(self.outputs, (*self.y, *self.theta))
+
+    def matrix(self) -> Tensor | None:
+        return None
+
+    def _run(self, outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(outputs, inputs, grads, create_graph=True, materialize_grads=True)
 
 
 class _OpenPullback(_GraphPullback):
@@ -114,7 +140,7 @@ class _OpenPullback(_GraphPullback):
         self.theta, self.transposed = [], None
         with torch.inference_mode(False), torch.enable_grad():
             y = [t.clone() if t.is_inference() else t for t in y]
-            self.y = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in y]
+            self.y = [_own_node(t) for t in y]
             self.outputs = _evaluate(f, self.y, ())
 
     def matrix(self) -> Tensor | None:
@@ -125,6 +151,11 @@ class _OpenPullback(_GraphPullback):
             cotangents = tuple(c.clone() if c.is_inference() else c for c in cotangents)
             grads = torch.autograd.grad(self.outputs, inputs, cotangents, create_graph=True, materialize_grads=True)
         return grads if torch.is_grad_enabled() else tuple(t.detach() for t in grads)
+
+
+def _own_node(tensor: Tensor) -> Tensor:
+    """The same tensor as a new node of the graph, or as a leaf."""
+    return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
 
 
 class _FuncPullback(Pullback):
@@ -197,8 +228,8 @@ def _evaluate(f: Function, y: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
 def _nodes(outputs: Tensors, known: Tensors) -> list[Any]:
     """The graph, or NoDerivativeError where it ends in a tensor that nobody differentiates."""
     expected: set[int] = {id(t) for t in known}
-    seen: set[Any] = set()
-    queue: list[Any] = [out.grad_fn for out in outputs if out.grad_fn is not None]
+    seen: set[Any] = {None, *(t.grad_fn for t in known)}
+    queue: list[Any] = [out.grad_fn for out in outputs if out.grad_fn not in seen]
     for node in queue:  # grows while it is walked
         variable = getattr(node, "variable", None)
         if variable is not None and id(variable) not in expected:
@@ -207,7 +238,7 @@ def _nodes(outputs: Tensors, known: Tensors) -> list[Any]:
                 "derivative would be lost. Hand it over as an argument: g(x, tensor) with f(y, tensor)."
             )
         for following, _ in node.next_functions:
-            if following is not None and following not in seen:
+            if following not in seen:
                 seen.add(following)
                 queue.append(following)
     return queue

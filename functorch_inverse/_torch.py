@@ -76,6 +76,7 @@ __all__ = [
     "own_saved_tensors",
     "plain",
     "primal",
+    "recording",
     "signed",
     "traced_derivatives_possible",
     "transforms_active",
@@ -97,6 +98,11 @@ def transforms_active() -> bool:
 def plain() -> bool:
     """Whether nobody differentiates or transforms what is computed now."""
     return not (transforms_active() or torch.is_grad_enabled() or forward_ad._current_level >= 0)
+
+
+def recording() -> bool:
+    """Whether plain autograd, and nothing else, differentiates what is computed now."""
+    return torch.is_grad_enabled() and not (transforms_active() or forward_ad._current_level >= 0)
 
 
 def function_mode_active() -> bool:
