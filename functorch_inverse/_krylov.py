@@ -71,6 +71,11 @@ class Krylov:
             raise ValueError(f"`{name}`: `on_failure` is {self.on_failure!r}; choose 'raise' or 'warn'.")
         if not (self.atol >= 0 and (self.rtol is None or self.rtol >= 0)):
             raise ValueError(f"`{name}`: rtol={self.rtol}, atol={self.atol}; tolerances are numbers >= 0.")
+        if not (self.preconditioner is None or isinstance(self.preconditioner, Tensor) or callable(self.preconditioner)):
+            raise ValueError(
+                f"`{name}`: `preconditioner` is {self.preconditioner!r}; pass a callable v -> M v, a tensor (n,) or (n, n), "
+                "or None."
+            )
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"`{name}`: `max_steps` is {self.max_steps}; it must be at least 1, or None for 10 n.")
 

@@ -36,6 +36,7 @@ class System:
     mv: MatVec
     rmv: MatVec
     transpose: bool
+    sample_dims: int
     near: MatVec | None = None
 
 
@@ -53,7 +54,7 @@ def solve_by_values(A: JacobianOperator, solver: ValueSolver, b: Tensor, *, tran
 
 def _values(A: JacobianOperator, solver: ValueSolver, b: Tensor, transpose: bool) -> Tensor:
     maps = (A.rmv, A.mv) if transpose else (A.mv, A.rmv)
-    return solver.values(System(maps[0], maps[1], transpose, _near(A, transpose)), b)
+    return solver.values(System(maps[0], maps[1], transpose, len(A.batch) + 1, _near(A, transpose)), b)
 
 
 def _near(A: JacobianOperator, transpose: bool) -> MatVec | None:

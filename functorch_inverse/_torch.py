@@ -78,6 +78,7 @@ __all__ = [
     "own_saved_tensors",
     "plain",
     "primal",
+    "recording",
     "signed",
     "traced_derivatives_possible",
     "traced_transforms",
@@ -109,6 +110,11 @@ def dual_level_open() -> bool:
 def plain() -> bool:
     """Whether nobody differentiates or transforms what is computed now."""
     return not (transforms_active() or torch.is_grad_enabled() or forward_ad._current_level >= 0)
+
+
+def recording() -> bool:
+    """Whether plain autograd, and nothing else, differentiates what is computed now."""
+    return torch.is_grad_enabled() and not (transforms_active() or forward_ad._current_level >= 0)
 
 
 def function_mode_active() -> bool:

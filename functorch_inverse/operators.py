@@ -63,18 +63,11 @@ class JacobianOperator:
         self.batch = batch_shape(y, equation.y_dims, equation.caller, "y")
         # None: f reads everything but y by itself, in the open graph.
         self.pullback = Pullback.open(equation.f, y) if wanted is None else Pullback.of(equation.f, y, theta, wanted)
-        self.x_dims = equation.x_dims or _root_dims(equation, self.pullback.outputs, self.batch)
+        outputs = self.pullback.outputs
+        self.x_dims = equation.x_dims or _root_dims(equation, outputs, self.batch)
+        # The leaves as one vector: what A is applied to, and what it gives.
+        self.inputs, self.outputs = Layout.of(y, equation.y_dims), Layout.of(outputs, self.x_dims)
         self.frozen = False
-
-    @functools.cached_property
-    def inputs(self) -> Layout:
-        """The leaves of y in a vector that A is applied to."""
-        return Layout.of(self.y, self.equation.y_dims)
-
-    @functools.cached_property
-    def outputs(self) -> Layout:
-        """The leaves of f(y) in a vector that A gives."""
-        return Layout.of(self.pullback.outputs, self.x_dims)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -112,7 +105,8 @@ class JacobianOperator:
 
     def rows(self, cotangents: Tensor) -> Tensor:
         """A^T times cotangents (k, m), each of them in every sample: (k, *batch, n)."""
-        expanded = cotangents.reshape(-1, *(1,) * len(self.batch), cotangents.shape[-1]).expand(-1, *self.batch, -1)
+        count, size = cotangents.shape
+        expanded = cotangents.reshape(count, *(1,) * len(self.batch), size).expand(count, *self.batch, size)
         if _torch.plain() or self.pullback.in_open_graph:
             return torch.stack([self._pull(w) for w in expanded])
         return self._froze(self.rmv(expanded))

@@ -259,6 +259,7 @@ def test_empty_batches_and_nan():
         (lambda y: y[..., :2], {}, fi.StructureError, "makes 2 numbers out of the 3"),
         (lambda y: y.sum(0), {}, fi.StructureError, "batch dims of y"),
         (lambda y: y.detach(), {}, fi.NoDerivativeError, "does not depend on y"),
+        (lambda y: (y[..., :1], torch.ones(4, 2)), {}, fi.SingularJacobianError, "4 of 4 samples"),
         (lambda y: y.long(), {}, fi.StructureError, "int64"),
         (lambda y: y.sum(-1, keepdim=True) + 0 * y, {}, fi.SingularJacobianError, "4 of 4 samples"),
         (lambda y: y, {"linear_solver": fi.GMRES()}, ValueError, "linear_solver"),

@@ -2,6 +2,7 @@
 
 import pickle
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -320,6 +321,45 @@ def test_a_residual_in_another_precision_than_y(solver):
     assert pushed.dtype == torch.float32 and [t.dtype for t in pulled] == [torch.float32, torch.float64]
     torch.testing.assert_close(pushed.double(), a.cos() / b - a * b.sin() / b**2, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(pulled[1], -a / b**2, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("solver", [fi.GMRES(), fi.BiCGStab(), fi.NormalCG(), fi.CG()], ids=repr)
+def test_a_singular_jacobian_that_has_solutions(solver):
+    """A tangent of a root lies in the range of A by its making; which of many solutions is meant, nobody knows."""
+    S = torch.ones(2, 2, dtype=torch.float64)
+    branch = fi.custom_root(lambda a: torch.stack([a.sum(), 0 * a.sum()]), lambda y, a: S @ y - S @ a, linear_solver=solver)
+    with pytest.raises(fi.NotConvergedError, match="singular"):
+        jacfwd(branch)(torch.tensor([1.0, -1.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("solver", KRYLOV.values(), ids=repr)
+def test_preconditioners_of_the_wrong_kind(solver):
+    for wrong in (2.0, [1.0], "Jacobi"):
+        with pytest.raises(ValueError, match="preconditioner"):
+            replace(solver, preconditioner=wrong)
+
+    def slope(a, M):
+        root = fi.custom_root(lambda a: a, lambda y, a: (y - a) @ W, linear_solver=replace(solver, preconditioner=M))
+        return grad(lambda a: root(a).sum())(a)
+
+    with pytest.raises(fi.StructureError, match=r"torch\.vmap batches"):
+        vmap(slope)(torch.stack([X, X]), torch.stack([X, X]))
+
+
+def test_a_callable_that_returns_nan():
+    h = fi.custom_inverse(lambda x: x, lambda y: y @ W, event_dim=1, linear_solver=lambda mv, b: b * torch.nan)
+    with pytest.raises(fi.NotConvergedError, match="inf"):
+        grad(lambda x: h(x).sum())(X)
+
+
+@every_solver
+def test_empty_samples_and_empty_batches(name):
+    solver = CASES[name][1]
+    for shape in ((3, 0), (0, 3), (2, 0, 3)):
+        h = fi.custom_root(lambda a: 2 * a, lambda y, a: y / 2 - a, event_dim=1, linear_solver=solver)
+        a = torch.zeros(shape, dtype=torch.float64)
+        assert grad(lambda a, h=h: h(a).sum())(a).shape == a.shape
+        assert jvp(h, (a,), (a,))[1].shape == a.shape
 
 
 def test_banded_options():
