@@ -346,6 +346,15 @@ def test_preconditioners_of_the_wrong_kind(solver):
         vmap(slope)(torch.stack([X, X]), torch.stack([X, X]))
 
 
+@pytest.mark.parametrize("solver", KRYLOV.values(), ids=repr)
+def test_torchs_own_batching(solver):
+    """is_grads_batched cannot look into an iteration; it says so."""
+    h = fi.custom_inverse(lambda x: x * 1, lambda y: y @ W, event_dim=1, linear_solver=solver)
+    x = X.clone().requires_grad_()
+    with pytest.raises(NotImplementedError, match="torch.func.jacrev"):
+        torch.autograd.grad(h(x), x, torch.eye(3, dtype=X.dtype), is_grads_batched=True)
+
+
 def test_a_callable_that_returns_nan():
     h = fi.custom_inverse(lambda x: x, lambda y: y @ W, event_dim=1, linear_solver=lambda mv, b: b * torch.nan)
     with pytest.raises(fi.NotConvergedError, match="inf"):
@@ -517,6 +526,13 @@ def check_compiled_without_values():
     y = torch.compile(narrow, fullgraph=True, backend="aot_eager")(x, C, B)
     assert_close([y.detach()], [exact(X, C, B)])
     y.sum().backward()
+    assert x.grad.isnan().all()
+    # A matrix that is singular only up to rounding: no pivot of it is zero.
+    S = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]], dtype=torch.float64)
+    torch._dynamo.reset()
+    blind = torch.compile(fi.custom_inverse(lambda x: x * 1, lambda y: y @ S, event_dim=1), fullgraph=True, backend="aot_eager")
+    x.grad = None
+    blind(x).sum().backward()
     assert x.grad.isnan().all()
 
 
