@@ -351,7 +351,7 @@ def test_torchs_own_batching(solver):
     """is_grads_batched cannot look into an iteration; it says so."""
     h = fi.custom_inverse(lambda x: x * 1, lambda y: y @ W, event_dim=1, linear_solver=solver)
     x = X.clone().requires_grad_()
-    with pytest.raises(NotImplementedError, match="torch.func.jacrev"):
+    with pytest.raises(NotImplementedError, match="torch.func"):
         torch.autograd.grad(h(x), x, torch.eye(3, dtype=X.dtype), is_grads_batched=True)
 
 
