@@ -12,7 +12,7 @@ How do I call NumPy and the like on tensors?
                                  black_box(fn)
 Which Jacobian, and how is it solved with?
                                  batch_jacobian, numerical_jacobian, log_abs_det_jacobian
-    directly                     LU, Cholesky, Triangular, LeastSquares
+    directly                     LU, Cholesky, Triangular, LeastSquares, Banded
     by products with vectors     CG, NormalCG, GMRES, BiCGStab
 Is it right?
                                  check_inverse, check_derivatives
@@ -20,6 +20,7 @@ The original layer:
                                  implicit_inverse_layer, ImplicitInverseLayer, ImplicitInverseLayerAuto
 """
 
+from functorch_inverse.banded import Banded as Banded
 from functorch_inverse.black_box import black_box as black_box
 from functorch_inverse.custom import custom_inverse as custom_inverse
 from functorch_inverse.custom import custom_jacobian as custom_jacobian

@@ -23,12 +23,43 @@ __all__ = ["attach"]
 def attach(rule: Rule, y: Tensors, x: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
     """The values y with the derivatives of `rule` to x and theta."""
     if torch.compiler.is_dynamo_compiling():
-        return rule.reattach(y, x, theta, _torch.derivative_order())
+        return _traced(rule, y, x, theta)
     tensors = (*y, *x, *theta)
     # Announced as a torch function, so that a rule inside another rule's f can be followed.
     if _torch.function_mode_active():
         return handle_torch_function(_apply, tensors, rule, len(y), len(x), tensors)
     return _apply(rule, len(y), len(x), tensors)
+
+
+def _traced(rule: Rule, y: Tensors, x: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
+    if _torch.traced_transforms() or rule.reads_more(y, theta):
+        return rule.reattach(y, x, theta, _torch.derivative_order())
+    # With no transform open, AOTAutograd differentiates once, and keeps what only a backward needs out of the forward.
+    wanted = tuple(i for i, t in enumerate(theta) if t.requires_grad)
+    return _Once.apply(rule, len(y), len(x), wanted, *y, *x, *theta)
+
+
+class _Once(Function):
+    """The first derivative alone."""
+
+    @staticmethod
+    def forward(ctx: Any, rule: Rule, n_y: int, n_x: int, wanted: tuple[int, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+        output = tuple(t.detach().clone() for t in tensors[:n_y])
+        ctx.rule, ctx.n_y, ctx.n_x, ctx.wanted = rule, n_y, n_x, wanted
+        ctx.save_for_backward(*output, *tensors[n_y:])
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *v: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        y, x, theta = saved[: ctx.n_y], saved[ctx.n_y : ctx.n_y + ctx.n_x], saved[ctx.n_y + ctx.n_x :]
+        layout = Layout.of(x, ctx.rule.x_dims)
+        u, received = ctx.rule.vjp(y, theta, layout, list(ctx.wanted))(v)
+        grads: list[Tensor | None] = [None] * len(theta)
+        for i, t in zip(ctx.wanted, received, strict=True):
+            grads[i] = t
+        own = [t.to(d) for t, d in zip(u, layout.dtypes, strict=True)]
+        return (None, None, None, None, *[None] * ctx.n_y, *own, *grads)
 
 
 def _apply(rule: Rule, n_y: int, n_x: int, tensors: Tensors) -> tuple[Tensor, ...]:

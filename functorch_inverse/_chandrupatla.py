@@ -2,7 +2,8 @@ r"""Roots of monotone functions of one number: a bracket found by expansion, shr
 
 Three points that enclose the root give an inverse quadratic interpolation; it is used where it is known to be
 monotone between them, else the bracket is halved. No step may leave a bracket wider than bisection would have
-left `SLACK` steps ago, so that there is no function for which this is much slower than bisection.
+left `SLACK` steps ago, so that there is no function for which this is much slower than bisection. Brackets that
+span orders of magnitude are halved geometrically first.
 
 Source: Chandrupatla, A new hybrid quadratic/bisection algorithm for finding the zero of a nonlinear function
 without using derivatives (1997); Oliveira and Takahashi, An Enhancement of the Bisection Method Average
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from functorch_inverse._status import DONE, NO_BRACKET, NOT_MONOTONE, RUNNING, UNDEFINED, Options, chosen
+from functorch_inverse._status import DONE, JUMPS, NO_BRACKET, NOT_MONOTONE, RUNNING, UNDEFINED, Options, chosen
 
 __all__ = ["SLACK", "BracketState", "advanced", "inside", "started"]
 
@@ -34,8 +35,8 @@ class BracketState(NamedTuple):
     fb: Tensor
     c: Tensor
     fc: Tensor
-    # The next point of a bracket, as a fraction of it.
-    t: Tensor
+    # The next point of a bracket.
+    m: Tensor
     # Between these f is defined, as far as is known.
     lower: Tensor
     upper: Tensor
@@ -50,6 +51,8 @@ class BracketState(NamedTuple):
     budget: Tensor
     # Below, the width of a bracket is rounding error.
     tiny: Tensor
+    # By how much f differed at the ends of the first bracket.
+    span: Tensor
 
 
 def inside(y: Tensor, lower: float | None, upper: float | None) -> Tensor:
@@ -68,13 +71,14 @@ def inside(y: Tensor, lower: float | None, upper: float | None) -> Tensor:
 def started(y: Tensor, residual: Tensor, lower: float | None, upper: float | None) -> BracketState:
     """Nothing but one point."""
     a, fa = y.squeeze(-1), residual.squeeze(-1)
-    limit = torch.finfo(y.dtype).max
+    limit = torch.finfo(y.dtype).max / 4  # no difference overflows
     zero, no = torch.zeros_like(a), torch.zeros_like(a, dtype=torch.bool)
     status = torch.where(fa == 0, DONE, torch.where(fa.isnan() | ~a.isfinite(), UNDEFINED, RUNNING))
     state = BracketState(
-        y=y, residual=residual, trial=y, status=status, a=a, fa=fa, b=a, fb=fa, c=a, fc=fa, t=zero + 0.5,
+        y=y, residual=residual, trial=y, status=status, a=a, fa=fa, b=a, fb=fa, c=a, fc=fa, m=a,
         lower=zero + (-limit if lower is None else lower), upper=zero + (limit if upper is None else upper),
-        up=~no, size=(a.abs() / 2).clamp_min(2.0**-7), tries=zero + 1, rising=zero, bracketed=no, budget=zero, tiny=zero,
+        up=~no, size=(a.abs() / 2).clamp_min(2.0**-7), tries=zero + 1, rising=zero, bracketed=no, budget=zero,
+        tiny=zero, span=zero,
     )  # fmt: skip
     return state._replace(trial=_outside(state).unsqueeze(-1))
 
@@ -86,8 +90,8 @@ def advanced(state: BracketState, x: Tensor, residual: Tensor, jacobian: object,
     noise = options.eps**0.5 * (x.squeeze(-1).abs() + s.fa.abs() + s.fb.abs())
     grown, shrunk = _expanded(s, p, fp, noise, options), _shrunk(s, p, fp, noise)
     s = BracketState(*(chosen(s.bracketed, i, o) for i, o in zip(shrunk, grown, strict=True)))
-    s = _interpolating(s, options.rtol)
-    trial = torch.where(s.bracketed, s.a + s.t * (s.b - s.a), _outside(s))
+    s = _interpolating(s, x.squeeze(-1), options)
+    trial = torch.where(s.bracketed, s.m, _outside(s))
     return s._replace(trial=trial.unsqueeze(-1))
 
 
@@ -125,8 +129,8 @@ def _expanded(s: BracketState, p: Tensor, fp: Tensor, noise: Tensor, options: Op
         b=torch.where(crossed, e, b), fb=torch.where(crossed, fe, fb),
         up=up, tries=torch.where(unknown, 1, s.tries + 1), rising=torch.where(s.rising == 0, way, s.rising),
         lower=torch.where(unknown & ~s.up, p, s.lower), upper=torch.where(unknown & s.up, p, s.upper),
-        bracketed=crossed, budget=width * 2.0 ** (SLACK - 1), status=status,
-        tiny=width * options.eps**1.5 if options.atol < 0 else torch.zeros_like(width) + options.atol,
+        bracketed=crossed, budget=width * 2.0 ** (SLACK - 1), status=status, span=(fp - fe).abs(),
+        tiny=width.clamp_max(1.0) * options.eps**1.5 if options.atol < 0 else torch.zeros_like(width) + options.atol,
     )  # fmt: skip
 
 
@@ -144,19 +148,24 @@ def _shrunk(s: BracketState, p: Tensor, fp: Tensor, noise: Tensor) -> BracketSta
     )  # fmt: skip
 
 
-def _interpolating(s: BracketState, rtol: float) -> BracketState:
+def _interpolating(s: BracketState, x: Tensor, options: Options) -> BracketState:
     """The better end of the bracket, whether it will do, and where to look next."""
     first = s.fa.abs() < s.fb.abs()
     y, error = torch.where(first, s.a, s.b), torch.where(first, s.fa, s.fb)
     width = (s.b - s.a).abs()
-    allowed = s.tiny + rtol * y.abs()
+    allowed = s.tiny + options.rtol * y.abs()
     found = (error == 0) | s.bracketed & (width <= 2 * allowed)
+    t, reach = _interpolated(s), s.budget / width
+    middle, wide = _middle(s)
+    far = wide & ((t == 0.5) | (reach < 1))
     edge = (allowed / width).clamp_max(0.5)
-    t = torch.minimum(torch.maximum(_interpolated(s), edge), 1 - edge)
-    reach = s.budget / width
-    t = torch.minimum(torch.maximum(t, 1 - reach), reach)
-    status = torch.where(found & (s.status == RUNNING), DONE, s.status)
-    return s._replace(y=y.unsqueeze(-1), residual=error.unsqueeze(-1), t=torch.where(reach < 0.5, 0.5, t), status=status)
+    t = torch.minimum(torch.maximum(t, edge), 1 - edge)
+    t = torch.where(reach < 0.5, 0.5, torch.minimum(torch.maximum(t, 1 - reach), reach))
+    m, budget = torch.where(far, middle, s.a + t * (s.b - s.a)), torch.where(far, width * 2.0**SLACK, s.budget)
+    # A sign change alone is no solution; f as steep as this cannot be told from a jump.
+    jumps = ~(error.abs() <= options.eps**0.25 * (x.abs() + s.span)) & (error != 0) & (width <= 8 * options.eps * y.abs())
+    status = torch.where(found & (s.status == RUNNING), torch.where(jumps, JUMPS, DONE), s.status)
+    return s._replace(y=y.unsqueeze(-1), residual=error.unsqueeze(-1), m=m, budget=budget, status=status)
 
 
 def _interpolated(s: BracketState) -> Tensor:
@@ -166,3 +175,13 @@ def _interpolated(s: BracketState) -> Tensor:
     t = s.fa / (s.fb - s.fa) * s.fc / (s.fb - s.fc)
     t = t + (s.c - s.a) / (s.b - s.a) * s.fa / (s.fc - s.fa) * s.fb / (s.fc - s.fb)
     return torch.where(monotone & t.isfinite(), t, 0.5)
+
+
+# A bracket from 1 to 1e100 would be halved some 300 times before anything happens near 1.
+def _middle(s: BracketState) -> tuple[Tensor, Tensor]:
+    """The geometric middle of a bracket (0 between different signs), and whether it spans orders of magnitude."""
+    small, big = torch.minimum(s.a.abs(), s.b.abs()), torch.maximum(s.a.abs(), s.b.abs())
+    opposite = s.a.sign() * s.b.sign() < 0
+    small = small.clamp_min(1.0)
+    sign = torch.where(s.a.abs() > s.b.abs(), s.a, s.b).sign()
+    return torch.where(opposite, 0, sign * small.sqrt() * big.sqrt()), big > 2.0**10 * small

@@ -60,6 +60,8 @@ class Equation:
         leaves = self.inputs.unpack(y)
         if not graph:
             return Point(self, tuple(self.f(leaves, self.theta)), None)
+        if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+            _refuse_export(self.caller)
         with _torch.own_saved_tensors():
             pullback = Pullback.of(self.f, leaves, self.theta, ())
         return Point(self, pullback.outputs, pullback)
@@ -128,6 +130,14 @@ def _spread(leaves: Tensors, dims: Sequence[int], batch: tuple[int, ...], levels
         return t.expand((*batch, *t.shape[t.ndim - dim :]))
 
     return [one(t, dim) for t, dim in zip(leaves, dims, strict=True)]
+
+
+def _refuse_export(caller: str) -> None:
+    # What is not strict traces below autograd, where no derivative is left to be taken.
+    raise NotImplementedError(
+        f"`{caller}`: Newton() takes derivatives of f on the way, which torch.export(strict=False) leaves out. Use "
+        "Chandrupatla() or FixedPoint(), or torch.compile."
+    )
 
 
 def _check_sizes(caller: str, y: Layout, x: Layout) -> None:

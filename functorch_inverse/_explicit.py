@@ -66,6 +66,10 @@ class JacobianRule:
         with _torch.full_precision(y[0]):
             return tuple(d.to(t.dtype) for d, t in zip(self.push(widen(dx), widen(theta)), y, strict=True))
 
+    def reads_more(self, y: Tensors, theta: Tensors) -> bool:
+        """What `jacobian` closes over is refused or poisoned elsewhere; a trace of it is cheap as it is."""
+        return True
+
     def reattach(self, y: Tensors, x: Tensors, theta: Tensors, order: int) -> tuple[Tensor, ...]:
         """y plus the integral of J from x0 to x."""
         n, steps = len(x), [t - t.detach() for t in x]

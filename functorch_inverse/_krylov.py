@@ -45,7 +45,8 @@ class Krylov:
     r"""What the matrix-free solvers share: :math:`\|b - A u\| \le \max(\text{rtol}\,\|b\|, \text{atol})` for each system.
 
     Args:
-        rtol, atol: the tolerances; `rtol=None` is 1e-10 in float64 and 1e-6 in float32.
+        rtol, atol: the tolerances; `rtol=None` is 1e-10 in float64 and 1e-6 in float32, or where A is so ill-conditioned
+            that rounding forbids it the residual that a direct solver would leave, :math:`8 \epsilon \|A\| \|u\|`.
         max_steps: the most steps of one system; None is 10 n, and at least 100.
         preconditioner: an approximate inverse M, see `apply_preconditioner`.
         on_failure: "raise" gives a `NotConvergedError`, "warn" a RuntimeWarning and what was reached.
@@ -143,6 +144,8 @@ class Krylov:
             undefined = s.undefined()
             s.u.masked_fill_(undefined.unsqueeze(-1), torch.nan)
             s.residual = s.residual.masked_fill(undefined, torch.nan)
+            if self.rtol is None:
+                converged = converged | s.at_rounding()
             converged = converged & ~undefined
             self._complain(s, ~(converged | undefined))
         value = s.u.mul_(s.scale.unsqueeze(-1)).reshape(shape)

@@ -31,31 +31,34 @@ class NewtonState(NamedTuple):
     status: Tensor
     direction: Tensor
     length: Tensor
+    # What makes the equations comparable: one over the size of each.
+    weight: Tensor
     # A residual that rounding may be the reason of: rtol of what it was at the start.
     floor: Tensor
 
 
 def arrived(x: Tensor, y: Tensor, residual: Tensor, matrix: Tensor, floor: Tensor | None, options: Options) -> NewtonState:
     """The state at a point that is believed."""
-    direction = _direction(matrix, residual)
-    # The size of rounding errors: x and the terms of A y are what f(y) - x is made of.
-    scale = largest(x) + largest((matrix.abs() @ y.abs().unsqueeze(-1)).squeeze(-1))
-    error = largest(residual)
-    done = error <= options.atol + options.rtol * scale
-    status = torch.where(error.isfinite(), STUCK, UNDEFINED)
-    status = torch.where(direction.isfinite().all(-1) & error.isfinite(), RUNNING, status)
+    # The size of rounding errors: x and the terms of A y are what f(y) - x is made of. Each equation has its own.
+    scale = x.abs() + (matrix.abs() @ y.abs().unsqueeze(-1)).squeeze(-1)
+    weight = 1 / (scale + residual.abs()).clamp_min(torch.finfo(y.dtype).tiny)
+    direction = _direction(weight.unsqueeze(-1) * matrix, weight * residual)
+    done = (residual.abs() <= options.atol + options.rtol * scale).all(-1)
+    finite = residual.isfinite().all(-1)
+    status = torch.where(direction.isfinite().all(-1) & finite, RUNNING, torch.where(finite, STUCK, UNDEFINED))
     trial = y - direction
     # Once more without a look at f, since the step is known: it squares an error that is small already.
     small = largest(direction) <= options.eps**0.25 * largest(y)
-    y, floor = chosen(done & small, trial, y), options.rtol * (scale + error) if floor is None else floor
-    return NewtonState(y, residual, trial, torch.where(done, DONE, status), direction, torch.ones_like(error), floor)
+    y, floor = chosen(done & small, trial, y), options.rtol * (scale + residual.abs()) if floor is None else floor
+    length = torch.ones_like(x[..., :1].sum(-1))
+    return NewtonState(y, residual, trial, torch.where(done, DONE, status), direction, length, weight, floor)
 
 
 def advanced(
     state: NewtonState, x: Tensor, residual: Tensor, jacobian: Callable[[], Tensor], options: Options
 ) -> NewtonState:
     """Go to the point that was tried; stay, and try a shorter step the next time, where it is no better."""
-    before, after = (torch.linalg.vector_norm(r, dim=-1) for r in (state.residual, residual))
+    before, after = (torch.linalg.vector_norm(state.weight * r, dim=-1) for r in (state.residual, residual))
     better = after <= (1 - 1e-4 * state.length) * before
     stay = _shorter(state, after / before, options)
     if _torch.can_inspect(better) and not better.any():
@@ -71,7 +74,7 @@ def _shorter(state: NewtonState, ratio: Tensor, options: Options) -> NewtonState
     length = torch.minimum(torch.maximum(best, 0.1 * t), 0.5 * t)
     # Close to the solution a Newton step fails only because of rounding: there is nothing better.
     close = largest(state.direction) <= options.eps**0.5 * largest(state.y)
-    exhausted = close | (largest(state.residual) <= state.floor)
+    exhausted = close | (state.residual.abs() <= state.floor).all(-1)
     status = torch.where(exhausted, DONE, torch.where(length < options.eps**0.75, STUCK, state.status))
     return state._replace(trial=state.y - length.unsqueeze(-1) * state.direction, length=length, status=status)
 
@@ -86,15 +89,18 @@ def _direction(matrix: Tensor, residual: Tensor) -> Tensor:
 
 
 def _regularised(matrix: Tensor, residual: Tensor) -> Tensor:
-    """The Levenberg-Marquardt direction; where A is zero, the residual itself."""
+    """The Levenberg-Marquardt direction; where A knows of none that helps, one to get away from there."""
     if not residual.shape[-1]:
         return residual
     size = matrix.abs().amax((-2, -1))[..., None, None]
-    scaled = matrix / size
-    mu = torch.finfo(matrix.dtype).eps ** 0.5
-    gram = scaled.mT @ scaled + mu * torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    direction = _solve(gram, (scaled.mT @ residual.unsqueeze(-1)).squeeze(-1)) / size.squeeze(-1)
-    return torch.where(size.squeeze(-1) == 0, residual, direction)
+    scaled = matrix / torch.where(size == 0, 1, size)
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    gram = scaled.mT @ scaled + torch.finfo(matrix.dtype).eps ** 0.5 * eye
+    direction = _solve(gram, (scaled.mT @ residual.unsqueeze(-1)).squeeze(-1))
+    left = residual - (scaled @ direction.unsqueeze(-1)).squeeze(-1)
+    helps = torch.linalg.vector_norm(left, dim=-1) < 0.9 * torch.linalg.vector_norm(residual, dim=-1)
+    away = _solve(scaled + 0.01 * eye, residual)
+    return chosen(helps, direction, away) / torch.where(size == 0, 1, size).squeeze(-1)
 
 
 def _solve(matrix: Tensor, b: Tensor) -> Tensor:

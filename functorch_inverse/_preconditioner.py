@@ -127,4 +127,5 @@ def _pulled_back(function: Apply, like: Tensor) -> Apply:
 def probes(like: Tensor) -> tuple[Tensor, Tensor]:
     """Two vectors of entries between -1 and 1 that no structure of a matrix is likely to cancel."""
     i = torch.arange(1, like.shape[-1] + 1, dtype=torch.float64, device=like.device)
-    return tuple(torch.cos(c * i * i).to(like.dtype).expand_as(like).contiguous() for c in (1.0, 1.7))  # type: ignore[return-value]
+    first, second = ((2 * torch.frac(c * i * i) - 1).to(like.dtype) for c in (2**0.5, 3**0.5))
+    return first.expand_as(like).contiguous(), second.expand_as(like).contiguous()

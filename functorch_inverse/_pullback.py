@@ -33,6 +33,11 @@ class Pullback:
     # A transform opened in a forward pass would fail under saved-tensor hooks.
     in_open_graph: ClassVar[bool] = False
 
+    @property
+    def values(self) -> tuple[Tensor, ...]:
+        """The outputs, for those outside."""
+        return self.outputs
+
     @staticmethod
     def of(f: Function, y: Tensors, theta: Tensors, wanted: Sequence[int]) -> "Pullback":
         """Evaluate f at a point; `wanted` are the positions of theta to differentiate."""
@@ -87,7 +92,7 @@ class _GraphPullback(Pullback):
                 pulled = torch.autograd.grad(self.outputs, self.y, zeros, create_graph=True, materialize_grads=True)
             self.transposed = zeros, pulled
         zeros, pulled = self.transposed
-        return torch.autograd.grad(pulled, zeros, tuple(tangents), retain_graph=True, materialize_grads=True)
+        return self._run(pulled, tuple(zeros), tuple(tangents))
 
     def matrix(self) -> Tensor | None:
         if self.outputs[0].shape[-1] < _MANY_ROWS:
@@ -142,6 +147,8 @@ class _OpenPullback(_GraphPullback):
             y = [t.clone() if t.is_inference() else t for t in y]
             self.y = [_own_node(t) for t in y]
             self.outputs = _evaluate(f, self.y, ())
+        # Where nothing but y itself is tracked, nobody outside waits for a graph.
+        self.closed = not any(t.requires_grad for t in y) and _graph(self.outputs, self.y)[1] is None
 
     def matrix(self) -> Tensor | None:
         return None
@@ -150,7 +157,11 @@ class _OpenPullback(_GraphPullback):
         with torch.inference_mode(False), torch.enable_grad():
             cotangents = tuple(c.clone() if c.is_inference() else c for c in cotangents)
             grads = torch.autograd.grad(self.outputs, inputs, cotangents, create_graph=True, materialize_grads=True)
-        return grads if torch.is_grad_enabled() else tuple(t.detach() for t in grads)
+        return tuple(t.detach() for t in grads) if self.closed or not torch.is_grad_enabled() else grads
+
+    @property
+    def values(self) -> tuple[Tensor, ...]:
+        return tuple(t.detach() for t in self.outputs) if self.closed or not torch.is_grad_enabled() else self.outputs
 
 
 def _own_node(tensor: Tensor) -> Tensor:
@@ -227,21 +238,30 @@ def _evaluate(f: Function, y: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
 
 def _nodes(outputs: Tensors, known: Tensors) -> list[Any]:
     """The graph, or NoDerivativeError where it ends in a tensor that nobody differentiates."""
+    graph, foreign = _graph(outputs, known)
+    if foreign is not None:
+        raise NoDerivativeError(
+            f"f read a live tensor of shape {tuple(foreign.shape)} that nobody could see when g was called, so its "
+            "derivative would be lost. Hand it over as an argument: g(x, tensor) with f(y, tensor)."
+        )
+    return graph
+
+
+def _graph(outputs: Tensors, known: Tensors) -> tuple[list[Any], Tensor | None]:
+    """The nodes of a graph, and a leaf that is not known, if there is one."""
     expected: set[int] = {id(t) for t in known}
+    foreign: Tensor | None = None
     seen: set[Any] = {None, *(t.grad_fn for t in known)}
     queue: list[Any] = [out.grad_fn for out in outputs if out.grad_fn not in seen]
     for node in queue:  # grows while it is walked
         variable = getattr(node, "variable", None)
         if variable is not None and id(variable) not in expected:
-            raise NoDerivativeError(
-                f"f read a live tensor of shape {tuple(variable.shape)} that nobody could see when g was called, so its "
-                "derivative would be lost. Hand it over as an argument: g(x, tensor) with f(y, tensor)."
-            )
+            foreign = variable
         for following, _ in node.next_functions:
             if following not in seen:
                 seen.add(following)
                 queue.append(following)
-    return queue
+    return queue, foreign
 
 
 def jacobian(pull: Callable[[Tensor], Tensor], batch: Sequence[int], rows: int, like: Tensor, *, plain: bool = False) -> Tensor:

@@ -56,6 +56,10 @@ class Rule(Protocol):
         """The tangents of y, from those of x and of some theta."""
         ...
 
+    def reads_more(self, y: Tensors, theta: Tensors) -> bool:
+        """Whether something else than y and theta would lose its derivative; asked while Dynamo traces."""
+        ...
+
     def reattach(self, y: Tensors, x: Tensors, theta: Tensors, order: int) -> tuple[Tensor, ...]:
         """y, as an expression in the open graph whose derivatives are right up to an order."""
         ...
@@ -109,6 +113,11 @@ class ImplicitRule:
 
     # With r = f(y, theta) - x, one Newton step y - A^-1 (r - r.detach()) leaves the value of y as it is and
     # makes its derivatives right up to order 2k + 1 where they were right up to order k.
+    def reads_more(self, y: Tensors, theta: Tensors) -> bool:
+        """Whether f has a derivative to something else than y and theta; while Dynamo traces, at no cost."""
+        outputs = self.equation.f([t.detach() for t in y], [t.detach() for t in theta])
+        return any(t.requires_grad for t in outputs)
+
     def reattach(self, y: Tensors, x: Tensors, theta: Tensors, order: int) -> tuple[Tensor, ...]:
         """y by as many Newton steps as the order asks for."""
         right = 0

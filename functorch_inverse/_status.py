@@ -7,6 +7,7 @@ from torch import Tensor
 
 __all__ = [
     "DONE",
+    "JUMPS",
     "NOT_MONOTONE",
     "NO_BRACKET",
     "RUNNING",
@@ -18,13 +19,14 @@ __all__ = [
     "describe_failure",
 ]
 
-RUNNING, DONE, NO_BRACKET, NOT_MONOTONE, UNDEFINED, STUCK = range(6)
+RUNNING, DONE, NO_BRACKET, NOT_MONOTONE, UNDEFINED, STUCK, JUMPS = range(7)
 
 _REASONS = {
     RUNNING: "the steps were used up",
     NO_BRACKET: "f(y) - x has one sign everywhere that was looked",
     NOT_MONOTONE: "f is not monotone",
     UNDEFINED: "f(y) is nan or infinite at the start (init; x without one) or on the way",
+    JUMPS: "f jumps over x",
     STUCK: "no step makes f(y) - x smaller",
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functorch_inverse import _anderson, _chandrupatla, _newton
+from functorch_inverse import _anderson, _chandrupatla, _newton, _torch
 from functorch_inverse._status import RUNNING, Options, chosen
 
 __all__ = ["advance"]
@@ -28,7 +28,7 @@ def advance(
     method: str, state: Any, x: Tensor, residual: Tensor, jacobian: Callable[[], Tensor] | None, options: Options
 ) -> Any:
     """The next state of the samples that are still running; the others stay as they are."""
-    if torch.compiler.is_dynamo_compiling():
+    if not _torch.can_inspect(residual):
         matrix = [] if jacobian is None else [jacobian().detach()]
         tensors = [t.contiguous() for t in (*state, x, residual, *matrix)]
         return type(state)(*_operator(tensors, method, list(options)))

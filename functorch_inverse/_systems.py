@@ -98,6 +98,19 @@ class Systems:
         self.r = self.b - self.maps.mv(self.u)
         self.residual = norm(self.r)
 
+    def at_rounding(self) -> Tensor:
+        """Where the residual is that of rounding A u, so that a direct solver would leave as much."""
+        probe = torch.cos(torch.arange(self.b.shape[-1], dtype=self.residual.dtype, device=self.b.device)).to(self.b.dtype)
+        size = norm(self.maps.mv(probe.expand_as(self.b))) / norm(probe)
+        floor = 8 * torch.finfo(self.residual.dtype).eps * size * norm(self.u)
+        return self.residual <= torch.minimum(floor, 1e-3 * norm(self.b))
+
+    def take_back(self, kept: Tensor, which: Tensor) -> None:
+        """What made things worse."""
+        if which.any():
+            self.u = torch.where(which.unsqueeze(-1), kept, self.u)
+            self.verify()
+
     def undefined(self) -> Tensor:
         """Where A, M or b has nan or inf: only these make nan out of zero."""
         nothing = torch.zeros_like(self.b)
@@ -120,9 +133,10 @@ def refine(systems: Systems, step: Round, progress: float) -> None:
     failures, attempt = torch.zeros_like(systems.steps), 0
     active = systems.unsolved()
     while active.any():
-        before = systems.residual
+        before, kept = systems.residual, systems.u.clone()
         systems.hopeless |= step(systems, active, attempt)
         systems.verify()
+        systems.take_back(kept, active & ~(systems.residual <= before))
         failures += active & ~(systems.residual < progress * before)
         active = systems.unsolved() & (failures < 3)
         attempt += 1

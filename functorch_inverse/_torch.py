@@ -67,6 +67,7 @@ __all__ = [
     "function_mode_active",
     "graph_grad",
     "graph_is_kept",
+    "is_legacy_batched",
     "is_live",
     "is_open",
     "is_wrapped",
@@ -79,6 +80,7 @@ __all__ = [
     "recording",
     "signed",
     "traced_derivatives_possible",
+    "traced_transforms",
     "transforms_active",
     "tree_leaves",
     "tree_map",
@@ -88,6 +90,10 @@ __all__ = [
 no_torch_function: Any = _disabled_torch_function_impl
 _run_backward: Any = Variable._execution_engine.run_backward
 is_wrapped = _functorch.is_functorch_wrapped_tensor
+
+# The vmap of is_grads_batched and torch.autograd.functional, which does not ask a Function for its rule: its tensors
+# have no values to show, and go one by one through an operator that it does not know.
+is_legacy_batched = _functorch.is_legacy_batchedtensor
 
 
 def transforms_active() -> bool:
@@ -191,6 +197,12 @@ def derivative_order() -> int:
     kinds = (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
     stack = _functorch.get_interpreter_stack() or ()
     return 1 + sum(entry.key() in kinds for entry in stack)
+
+
+@torch._dynamo.assume_constant_result
+def traced_transforms() -> int:
+    """How many torch.func transforms are open while Dynamo traces, vmap included."""
+    return len(_functorch.get_interpreter_stack() or ())
 
 
 def traced_derivatives_possible() -> bool:

@@ -42,6 +42,9 @@ class _Unknown:
     def jvp(self, y: Tensors, theta: Tensors, dx: Tensors, dtheta: Optional) -> Any:
         self._refuse()
 
+    def reads_more(self, y: Tensors, theta: Tensors) -> bool:
+        return True
+
     def reattach(self, y: Tensors, x: Tensors, theta: Tensors, order: int) -> tuple[Tensor, ...]:
         return tuple(y)
 

@@ -133,7 +133,8 @@ class Inverted:
         self.__name__ = f"inverse_of_{name}" if name.isidentifier() else "inverse"
 
     def __repr__(self) -> str:
-        return f"invert({getattr(self.problem.evidence, '__name__', None) or self.problem.evidence!r})"
+        f = self.problem.evidence
+        return f"invert({getattr(f, '__name__', None) or repr(f)})"
 
     def __call__(self, x: Tree, /, *args: Tree, init: Tree = None) -> Tree:
         """y with f(y, *args) = x; the search starts at init."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from functorch_inverse import _anderson, _chandrupatla, _newton
 from functorch_inverse._equation import Equation, Point
 from functorch_inverse._iterate import OnFailure
-from functorch_inverse._status import NO_BRACKET, NOT_MONOTONE, STUCK, UNDEFINED, Options
+from functorch_inverse._status import JUMPS, NO_BRACKET, NOT_MONOTONE, STUCK, UNDEFINED, Options
 from functorch_inverse.errors import StructureError
 
 __all__ = ["Chandrupatla", "FixedPoint", "Newton"]
@@ -41,7 +41,7 @@ class Newton:
     is taken instead. The error is squared in every step near the solution.
 
     Args:
-        rtol: a sample has converged where :math:`|f(y) - x| \le atol + rtol\, (|x| + |A| |y|)` in the maximum norm; one
+        rtol: a sample has converged where :math:`|f(y) - x| \le atol + rtol\, (|x| + |A| |y|)` in each equation; one
             more step follows, which squares the error. None: eps^0.75 of the dtype, 2e-12 in float64.
         atol: the absolute part. None: 0.
         max_steps: how many points are tried after the first, the shortened steps of the line search included.
@@ -97,16 +97,17 @@ class Chandrupatla:
     r"""A bracket and its reduction, for f that is monotone in each number (``event_dim=0``).
 
     A bracket is found by steps of growing length from init, inside the bounds; then inverse quadratic interpolation
-    is used where it is safe, and bisection elsewhere: at most 3 steps more than bisection for any f, and
-    around ten in all for smooth ones. f may rise or fall, and needs no derivative for the values.
+    is used where it is safe, and bisection elsewhere: at most 3 steps more than bisection for any f (in a bracket that
+    spans orders of magnitude, bisection of the exponent comes first), and around ten in all for smooth ones. f may rise
+    or fall; the values need no derivative of it.
 
     Args:
         lower, upper: the bounds of f's domain; None: none. The bounds themselves are tried last.
         rtol: a sample has converged where y is known to within atol + rtol |y|. None: 2 eps of the dtype.
-        atol: the absolute part. None: eps^1.5 of the width of the first bracket.
+        atol: the absolute part. None: eps^1.5 of the width of the first bracket, or of 1 if that is less.
         max_steps: how many points are tried after the first.
         on_failure: "raise" a `BracketError` (f(y) - x has one sign everywhere) or `NotConvergedError` (f is not monotone,
-            or the steps were used up) that names the samples; "nan"; "warn".
+            jumps over x, or the steps were used up) that names the samples; "nan"; "warn".
         progress: as for `Newton`.
 
     Where values cannot be looked at, 40 steps are unrolled; what has not converged by then is nan.
@@ -114,7 +115,7 @@ class Chandrupatla:
     Example:
         >>> from functorch_inverse import invert
         >>> logit = invert(torch.sigmoid, inverter=Chandrupatla(), event_dim=0)
-        >>> p = torch.tensor([0.1, 0.4, 0.999])
+        >>> p = torch.tensor([0.1, 0.6, 0.99])
         >>> torch.allclose(logit(p), torch.logit(p), rtol=1e-4)
         True
 
@@ -164,6 +165,8 @@ class Chandrupatla:
             return "Use Newton() with an `init`, or bounds between which f is monotone."
         if status == UNDEFINED:
             return "State f's domain by Chandrupatla(lower, upper), or pass an `init` inside it."
+        if status == JUMPS:
+            return "No y has f(y) = x there; on_failure='warn' gives the place of the jump."
         return "Raise max_steps, or rtol."
 
 

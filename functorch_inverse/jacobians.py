@@ -131,7 +131,7 @@ def log_abs_det_jacobian(
         _check_square(caller, A)
         ladj = A.derivative().abs().log() if A.elementwise else _with_determinant(caller, solver, A).log_abs_det()
     ladj = ladj.to(real_dtype(leaves[0].dtype))
-    return (unflatten(spec[0], A.pullback.outputs), ladj) if has_value else ladj
+    return (unflatten(spec[0], A.pullback.values), ladj) if has_value else ladj
 
 
 def _with_determinant(caller: str, solver: LinearSolver, A: JacobianOperator) -> Any:

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -232,6 +233,17 @@ def test_too_few_steps(solver):
     A, b = systems(solver, n=30)
     with pytest.raises(NotConvergedError, match="within 3 steps"):
         run(solver(max_steps=3), A, b)
+
+
+@every_solver
+def test_what_is_reached_is_not_worse_than_nothing(solver):
+    """Also where the method runs away on its singular matrix."""
+    A, b = Draw(6).normal(30, 4, 4), Draw(7).normal(30, 4)
+    A[..., -1] = 0
+    A = A @ A.mT if solver is CG else A
+    with pytest.warns(RuntimeWarning):
+        got = run(solver(on_failure="warn"), A, b)
+    assert (got.residual <= b.norm(dim=-1) * (1 + 1e-12)).all() and not got.converged.any()
 
 
 @every_solver
@@ -523,3 +535,29 @@ def peak_of(work):
             now += event.nbytes()
             most = max(most, now)
     return most
+
+
+# --- as far as rounding allows ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", [GMRES(), BiCGStab(), NormalCG()], ids=repr)
+def test_what_rounding_forbids_is_not_asked_for(solver):
+    """cond = 1e3 in float32 leaves a residual of some 1e-5, for a direct solver too; as good as that one, or an error."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(10, 10, generator=generator, dtype=torch.float64))[0] for _ in range(2))
+    A = (left * torch.logspace(0, -3, 10, dtype=torch.float64)) @ right
+    b = torch.randn(4, 10, generator=generator, dtype=torch.float64)
+    exact, single = torch.linalg.solve(A, b.T).T, A.float()
+    u = solver.run(lambda v: v @ single.T, b.float(), transposed=lambda v: v @ single).value
+    direct = torch.linalg.solve(single, b.float().T).T
+    assert (u - exact).norm() < 10 * (direct - exact).norm()
+    with pytest.raises(NotConvergedError):
+        replace(solver, rtol=1e-7).run(lambda v: v @ single.T, b.float(), transposed=lambda v: v @ single)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("solver", [GMRES(), BiCGStab(), NormalCG(), CG()], ids=repr)
+def test_a_singular_system_is_no_matter_of_rounding(solver, dtype):
+    A = torch.tensor([[2.0, 1.0, 3.0], [1.0, 1.0, 2.0], [3.0, 2.0, 5.0]], dtype=dtype)
+    with pytest.raises(NotConvergedError):
+        solver.run(lambda v: v @ A.T, torch.tensor([1.0, 2.0, -1.0], dtype=dtype), transposed=lambda v: v @ A)

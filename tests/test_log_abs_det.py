@@ -112,6 +112,8 @@ STRUCTURES = {
     "upper": (lambda y, c: autoregressive(y.flip(-1), c).flip(-1), lambda y, c: exact_autoregressive(y.flip(-1), c),
               {"linear_solver": fi.Triangular(lower=False)}),
     "cholesky": (gradient, exact_gradient, {"linear_solver": fi.Cholesky()}),
+    "banded": (lambda y, c: torch.sinh(c * y), exact_autoregressive, {"linear_solver": fi.Banded(0, 0)}),
+    "lower_banded": (autoregressive, exact_autoregressive, {"linear_solver": fi.Banded(2, 0)}),
     "elementwise": (lambda y, c: -torch.sinh(c * y), lambda y, c: ((c * torch.cosh(c * y)).log(),), {"event_dim": 0}),
     "whole": (lambda y, c: torch.sinh(c * y), lambda y, c: ((c * torch.cosh(c * y)).log().sum(),), {"event_dim": None}),
 }  # fmt: skip
@@ -183,6 +185,11 @@ def test_what_f_reads_may_depend_on_y():
     slope = torch.autograd.grad(got.sum(), y)
     want = torch.autograd.grad((1 + torch.cos(y) * y**2).abs().log().sum(), y)
     assert_close(slope, want)
+
+
+def test_no_graph_where_nobody_asked():
+    value, ladj = fi.log_abs_det_jacobian(f, YS, C, has_value=True)
+    assert not (value.requires_grad or ladj.requires_grad)
 
 
 def test_no_grad_and_hooks_and_checkpoint():

@@ -5,6 +5,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from fresh import run_fresh
 from helpers import all_of, assert_close, loss, mapped, tangents, total
 from problems import PREFIX, TREE, VECTOR, Draw, W, constant
 from test_roots import TRANSFORMS
@@ -41,6 +42,7 @@ class Inverting:
 # --- problems whose Jacobian has the structure that a solver asks for -------------------------------
 
 T = torch.tensor([[1.5, 0.0, 0.0], [0.8, 2.0, 0.0], [-0.5, 0.6, 1.2]], dtype=torch.float64)
+D = torch.tensor([[1.5, -0.7, 0.0], [0.8, 2.0, 0.4], [0.0, 0.6, 1.2]], dtype=torch.float64)
 S = torch.tensor([[2.0, 0.4, -0.2], [0.4, 1.5, 0.3], [-0.2, 0.3, 1.8]], dtype=torch.float64)
 
 
@@ -74,6 +76,9 @@ CASES = {
     "Inverting": (mixing(W), Inverting()),
     "LeastSquares": (mixing(W), fi.LeastSquares()),
     "Triangular": (mixing(T), fi.Triangular()),
+    "Banded": (mixing(D), fi.Banded(1, 1)),
+    "Banded_full": (mixing(W), fi.Banded(2, 5)),
+    "Banded_lower": (mixing(T), fi.Banded(2, 0)),
     "Triangular_upper": (mixing(T.T), fi.Triangular(lower=False)),
     "Cholesky": (gradient(S), fi.Cholesky()),
     "CG": (gradient(S), fi.CG(rtol=1e-13)),
@@ -157,7 +162,7 @@ def test_planted_transpose_is_caught(name):
     (f, exact), solver = CASES[name]
     if name in ("Cholesky", "CG"):
         wrong = lambda y, c, b: f(-y, c, b) * -1.5  # noqa: E731
-    elif name.startswith("Triangular"):
+    elif name.startswith(("Triangular", "Banded")):
         wrong = lambda y, c, b: f(y, c, b) * 1.01  # noqa: E731
     else:
         wrong = lambda y, c, b: torch.sinh(c * y) @ constant(W, y) + b  # noqa: E731
@@ -256,6 +261,10 @@ def test_more_unknowns_need_the_assertion():
         (lambda y: y @ W, fi.Triangular(), fi.StructureError, "not lower triangular"),
         (lambda y: y @ T.T, fi.Triangular(lower=False), fi.StructureError, "not upper triangular"),
         (lambda y: y * torch.tensor([1.0, 0.0, 1.0]), fi.Triangular(), fi.SingularJacobianError, "2 of 2 samples"),
+        (lambda y: y @ W, fi.Banded(1, 1), fi.StructureError, "outside of 1 diagonals below and 1 above .* 2 of 2"),
+        (lambda y: y @ (D + 1e-9 * W), fi.Banded(1, 1), fi.StructureError, "outside of 1 diagonals"),
+        (lambda y: y @ T.T, fi.Banded(0, 2), fi.StructureError, "outside of 0 diagonals below"),
+        (lambda y: y * torch.tensor([1.0, 0.0, 1.0]), fi.Banded(0, 0), fi.SingularJacobianError, "2 of 2 samples"),
         (lambda y: y @ W, fi.CG(), fi.StructureError, "CG.*transpose"),
         (lambda y: -y, fi.CG(), fi.NotConvergedError, "positive definite"),
         (lambda y: y * torch.tensor([1.0, 0.0, 1.0]), fi.GMRES(), fi.NotConvergedError, "GMRES.*2 of 2"),
@@ -281,6 +290,44 @@ def test_nan_for_singular_samples_alone(solver):
     y.sum().backward()
     assert x.grad.isnan().any(-1).tolist() == [False, True, False]
     assert_close([x.grad[::2]], [0.5 / x.detach()[::2].abs().sqrt()])
+
+
+def test_banded_options():
+    for wrong in ({"lower": -1, "upper": 0}, {"lower": 1, "upper": 1, "on_singular": "inf"}):
+        with pytest.raises(ValueError, match="Banded"):
+            fi.Banded(**wrong)
+
+
+def test_bands_take_few_passes():
+    """lower + upper + 1 cotangents and one to check, whatever n is."""
+    count = [0]
+
+    class Counted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            count[0] += 1
+            return g
+
+    def f(y):
+        y = Counted.apply(y)
+        before, after = torch.nn.functional.pad(y, (1, 0))[..., :-1], torch.nn.functional.pad(y, (0, 1))[..., 1:]
+        return 3 * y + torch.sin(before) - after**2
+
+    x = Draw(8).normal(2, 500).requires_grad_()
+    fi.custom_inverse(lambda x: 0.1 * x, f, event_dim=1, linear_solver=fi.Banded(1, 1))(x).sum().backward()
+    assert count[0] <= 4
+
+
+@pytest.mark.parametrize("with_scipy", [True, False])
+def test_bands_without_scipy(with_scipy, monkeypatch):
+    if not with_scipy:
+        monkeypatch.setattr("functorch_inverse._lapack._lapack", lambda: None)
+    h, exact = pair("Banded")
+    assert_close(*(jacrev(k, (0, 1, 2))(X, C, B) for k in (h, exact)))
 
 
 def test_warnings_instead_of_errors():
@@ -362,3 +409,46 @@ def test_a_tangent_alone():
                 tuple(t for o, t in zip(only, tangents((X, C, B)), strict=True) if o),
             )
             assert_close(along(h), along(exact))
+
+
+# --- torch.compile ----------------------------------------------------------------------------------
+
+
+def check_compiled(name):
+    def compiled(h):
+        torch._dynamo.reset()
+        return torch.compile(h, fullgraph=True, backend="aot_eager")
+
+    (f, exact), solver = CASES[name]
+    h = fi.custom_inverse(exact, f, event_dim=1, linear_solver=solver)
+    inputs = tuple(t.clone().requires_grad_() for t in (X, C, B))
+    got = torch.autograd.grad(total((compiled(h)(*inputs),)), inputs)
+    assert_close(got, torch.autograd.grad(total((exact(*inputs),)), inputs))
+    dims, stacked = mapped(VECTOR, "x")
+    per_sample = lambda k: vmap(grad(lambda *i: total((k(*i),)), (0, 1, 2)), dims)  # noqa: E731
+    assert_close(compiled(per_sample(h))(*stacked), per_sample(exact)(*stacked))
+    assert_close([compiled(jacfwd(h))(X, C, B)], [jacfwd(exact)(X, C, B)])
+
+
+@pytest.mark.parametrize("name", ["Banded", "Cholesky", "Triangular"])
+def test_compiled(name):
+    run_fresh(check_compiled, name)
+
+
+def check_compiled_without_values():
+    """An iteration looks at values; bands that are too narrow cannot raise, so the derivative is nan."""
+    (f, exact), solver = CASES["GMRES"]
+    x = X.clone().requires_grad_()
+    iterative = fi.custom_inverse(exact, f, event_dim=1, linear_solver=solver)
+    with pytest.raises(Exception, match="iterative linear solver looks at values"):
+        torch.compile(iterative, fullgraph=True, backend="aot_eager")(x, C, B)
+    torch._dynamo.reset()
+    narrow = fi.custom_inverse(exact, f, event_dim=1, linear_solver=fi.Banded(1, 1))
+    y = torch.compile(narrow, fullgraph=True, backend="aot_eager")(x, C, B)
+    assert_close([y.detach()], [exact(X, C, B)])
+    y.sum().backward()
+    assert x.grad.isnan().all()
+
+
+def test_compiled_without_values():
+    run_fresh(check_compiled_without_values)

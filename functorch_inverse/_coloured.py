@@ -1,0 +1,58 @@
+"""The bands of a Jacobian from a few passes of f backward.
+
+Rows i, i + p, i + 2p, ... of a matrix with p = lower + upper + 1 diagonals have no column in common, so one
+cotangent with ones at all of them brings back all their entries at once. Source: Curtis, Powell and
+Reid, On the Estimation of Sparse Jacobian Matrices (1974).
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from functorch_inverse._bands import Width, inside, product
+from functorch_inverse._inspect import inspect
+from functorch_inverse._singular import named
+from functorch_inverse.errors import StructureError
+from functorch_inverse.operators import JacobianOperator
+
+__all__ = ["bands_of"]
+
+
+def bands_of(operator: JacobianOperator, width: Width) -> Tensor:
+    """The bands (*batch, lower + upper + 1, n) of a square operator; an error if there is something outside them."""
+    n, p = operator.shape[1], width.diagonals
+    out = operator.pullback.outputs[0]
+    place = torch.arange(n, device=out.device)
+    like = out.real if out.is_complex() else out
+    probe = torch.cos(place.to(like.dtype) ** 2 + 0.7)  # no two of one colour agree
+    seeds = (place % p == torch.arange(p, device=out.device).unsqueeze(-1)).to(like.dtype)
+    found = operator.rows(torch.cat([seeds, probe.unsqueeze(0)])).movedim(0, -2)
+    colours, probed = found[..., :p, :], found[..., p, :]
+    # bands[upper + i - j, j] = A[i, j], and A[i, j] stands at (i mod p, j) among the colours.
+    rows = place + torch.arange(-width.upper, width.lower + 1, device=out.device).unsqueeze(-1)
+    bands = inside(colours.gather(-2, (rows % p).expand(colours.shape)), width)
+    return _verified(bands, width, probe, probed)
+
+
+def _verified(bands: Tensor, width: Width, probe: Tensor, probed: Tensor) -> Tensor:
+    """What A^T does to a vector must be what the bands do to it."""
+    fixed = bands.detach()
+    vector = probe.expand(*fixed.shape[:-2], 1, probe.shape[-1])
+    size = product(fixed.abs(), width, vector.abs(), True).squeeze(-2)
+    gap = (product(fixed, width, vector, True).squeeze(-2) - probed.detach()).abs()
+    largest = size.amax(-1) if size.shape[-1] else size.sum(-1)
+    bad = (gap > 100 * torch.finfo(size.dtype).eps * largest.unsqueeze(-1)).any(-1)
+    if torch.compiler.is_dynamo_compiling():
+        return torch.where(bad[..., None, None], torch.nan, bands)
+    inspect(partial(_refuse, width), bad)
+    return bands
+
+
+def _refuse(width: Width, bad: Tensor) -> None:
+    if bad.any():
+        raise StructureError(
+            f"Banded: the Jacobian has entries outside of {width.lower} diagonals below and {width.upper} above the main "
+            f"one in {named(bad)}. Widen Banded(lower, upper), put y and the residual into an order in which neighbours are "
+            "close, or use GMRES()."
+        )

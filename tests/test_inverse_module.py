@@ -1,0 +1,172 @@
+"""InverseModule: a module run backwards that trains, moves, saves, copies and distributes like any other."""
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ddp_worker import Block
+from helpers import assert_close
+from torch import nn
+from torch.func import functional_call, grad, hessian, vmap
+
+import functorch_inverse as fi
+
+double = {"dtype": torch.float64}
+
+
+class Affine(nn.Module):
+    """f(y) = (y * exp(scale)) W^T + shift, whose inverse is known."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3, **double)
+        self.linear.weight.data += 2 * torch.eye(3, **double)
+        self.scale = nn.Parameter(0.3 * torch.randn(3, **double))
+        self.register_buffer("unused", torch.zeros(1, **double))
+
+    def forward(self, y):
+        return self.linear(y * self.scale.exp())
+
+    def exact(self, x):
+        return torch.linalg.solve(self.linear.weight, (x - self.linear.bias).mT).mT / self.scale.exp()
+
+
+def gradients(module, y):
+    return torch.autograd.grad(y.sin().sum(), [p for p in module.parameters() if p.requires_grad])
+
+
+def test_parameters_receive_the_right_gradients():
+    module, x = Affine(), torch.randn(5, 3, **double)
+    inverse = fi.InverseModule(module, event_dim=1)
+    assert_close(inverse(x), module.exact(x))
+    assert_close(gradients(inverse, inverse(x)), gradients(module, module.exact(x)))
+
+
+def test_transforms():
+    module, x = Affine(), torch.randn(3, **double)
+    inverse = fi.InverseModule(module)
+    state = {f"module.{k}": v for k, v in module.state_dict().items()}
+
+    def through(scale, x):
+        return functional_call(inverse, state | {"module.scale": scale}, (x,)).sin().sum()
+
+    def exact(scale, x):
+        inner = torch.linalg.inv(module.linear.weight.detach()) @ (x - module.linear.bias.detach())
+        return (inner / scale.exp()).sin().sum()
+
+    scales = torch.randn(4, 3, **double)
+    for transform in (grad, hessian):
+        got, want = (vmap(transform(h, argnums=(0, 1)), (0, None))(scales, x) for h in (through, exact))
+        assert_close(got, want)
+
+
+def test_it_trains():
+    torch.manual_seed(1)
+    truth, student = Block(), fi.InverseModule(Block(), event_dim=1)
+    x = torch.randn(64, 3, **double)
+    y = fi.invert(truth, event_dim=1)(x).detach()
+    optimizer, losses = torch.optim.LBFGS(student.parameters(), line_search_fn="strong_wolfe", max_iter=30), []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (student(x) - y).square().mean()
+        loss.backward()
+        losses.append(loss.item())
+        return loss
+
+    optimizer.step(closure)
+    assert losses[-1] < 1e-3 * losses[0]
+
+
+def test_state_dict():
+    first, second = fi.InverseModule(Affine(), event_dim=1), fi.InverseModule(Affine(), event_dim=1)
+    names = {"module.linear.weight", "module.linear.bias", "module.scale", "module.unused"}
+    assert first.state_dict().keys() == names
+    assert dict(first.named_parameters()).keys() == names - {"module.unused"}
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    x = torch.randn(5, 3, **double)
+    assert torch.equal(first(x), second(x))
+
+
+def test_copies_are_their_own():
+    inverse, x = fi.InverseModule(Affine(), event_dim=1, inverter=fi.Newton(max_steps=20)), torch.randn(5, 3, **double)
+    for other in (copy.deepcopy(inverse), pickle.loads(pickle.dumps(inverse))):
+        assert torch.equal(other(x), inverse(x))
+        with torch.no_grad():
+            other.module.scale.add_(1.0)
+        assert_close(other(x), inverse(x) / torch.e)
+    assert "inverter=Newton(" in repr(inverse)
+
+
+def test_to_another_dtype_and_module():
+    inverse, x = fi.InverseModule(Affine(), event_dim=1), torch.randn(5, 3, **double)
+    want = inverse(x).detach()
+    y = inverse.to(torch.float32)(x.float())
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y.double(), want, rtol=1e-3, atol=1e-3)
+    inverse.module = Affine()
+    assert_close(inverse(x), inverse.module.exact(x))
+
+
+def test_frozen_parameters_and_no_grad():
+    inverse, x = fi.InverseModule(Affine(), event_dim=1), torch.randn(5, 3, **double)
+    inverse.module.scale.requires_grad_(False)
+    inverse(x).sum().backward()
+    assert inverse.module.scale.grad is None
+    assert inverse.module.linear.weight.grad is not None
+    with torch.no_grad():
+        assert not inverse(x).requires_grad
+
+
+def test_arguments_and_init():
+    class Power(nn.Module):
+        def forward(self, y, a):
+            return a * y**2
+
+    inverse = fi.InverseModule(Power(), event_dim=1)
+    x, a = torch.tensor([8.0, 18.0], **double), torch.tensor(2.0, **double)
+    assert_close(inverse(x, a, init=-torch.ones_like(x)), torch.tensor([-2.0, -3.0], **double))
+    assert_close(grad(lambda a: inverse(x, a, init=torch.ones_like(x)).sum())(a), torch.tensor(-5 / 4, **double))
+
+
+def test_inverse_of_an_inverse():
+    module, x = Affine(), torch.randn(5, 3, **double)
+    twice = fi.InverseModule(fi.InverseModule(module, event_dim=1), event_dim=1)
+    assert torch.equal(twice(x), module(x))
+    assert torch.equal(twice(x, init=x), module(x))
+    assert set(twice.state_dict()) == {f"module.module.{name}" for name in module.state_dict()}
+    thrice = fi.InverseModule(twice, event_dim=1)
+    assert_close(thrice(x), module.exact(x))
+    numeric = fi.InverseModule(fi.InverseModule(module, event_dim=1), event_dim=1, inverter=fi.Newton())
+    assert_close(numeric(x), module(x))
+    assert_close(gradients(numeric, numeric(x)), gradients(module, module(x)))
+
+
+def test_what_is_no_module():
+    with pytest.raises(TypeError, match=r"use invert\(\) for a function"):
+        fi.InverseModule(torch.sin)
+    with pytest.raises(ValueError, match="choose Newton"):
+        fi.InverseModule(Affine(), inverter=3)
+
+
+def test_distributed_data_parallel(tmp_path):
+    """Two gloo processes, each with half of the data."""
+    worker = Path(__file__).parent / "ddp_worker.py"
+    ranks = [
+        subprocess.Popen([sys.executable, str(worker), str(rank), str(tmp_path / "store")], stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    try:
+        results = [(rank.communicate(timeout=60)[1], rank.returncode) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert all(code == 0 for _, code in results), results
