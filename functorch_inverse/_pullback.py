@@ -98,7 +98,7 @@ class _GraphPullback(Pullback):
                 pulled = torch.autograd.grad(outputs, self.y, some, create_graph=True, materialize_grads=True)
             self.transposed = zeros, pulled
         zeros, pulled = self.transposed
-        return torch.autograd.grad(pulled, zeros, tuple(tangents), retain_graph=True, materialize_grads=True)
+        return self._run(pulled, tuple(zeros), tuple(tangents))
 
     def matrix(self) -> Tensor | None:
         if self.outputs[0].shape[-1] < _MANY_ROWS:
