@@ -54,7 +54,8 @@ class _Once(Function):
         saved = ctx.saved_tensors
         y, x, theta = saved[: ctx.n_y], saved[ctx.n_y : ctx.n_y + ctx.n_x], saved[ctx.n_y + ctx.n_x :]
         layout = Layout.of(x, ctx.rule.x_dims)
-        u, received = ctx.rule.vjp(y, theta, layout, list(ctx.wanted))(v)
+        with _torch.full_precision(y[0]):
+            u, received = ctx.rule.vjp(y, theta, layout, list(ctx.wanted))(v)
         grads: list[Tensor | None] = [None] * len(theta)
         for i, t in zip(ctx.wanted, received, strict=True):
             grads[i] = t

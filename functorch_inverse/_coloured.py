@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from functorch_inverse._bands import Width, inside, product
+from functorch_inverse._bands import Width, inside, product, transposed
 from functorch_inverse._inspect import inspect
 from functorch_inverse._singular import named
 from functorch_inverse.errors import StructureError
@@ -24,25 +24,25 @@ def bands_of(operator: JacobianOperator, width: Width) -> Tensor:
     n, p = operator.shape[1], width.diagonals
     out = operator.pullback.outputs[0]
     place = torch.arange(n, device=out.device)
-    like = out.real if out.is_complex() else out
-    probe = torch.cos(place.to(like.dtype) ** 2 + 0.7)  # no two of one colour agree
-    seeds = (place % p == torch.arange(p, device=out.device).unsqueeze(-1)).to(like.dtype)
-    found = operator.rows(torch.cat([seeds, probe.unsqueeze(0)])).movedim(0, -2)
-    colours, probed = found[..., :p, :], found[..., p, :]
+    seeds = (place % p == torch.arange(p, device=out.device).unsqueeze(-1)).to(operator.dtype)
+    colours = operator.rows(seeds).movedim(0, -2)
     # bands[upper + i - j, j] = A[i, j], and A[i, j] stands at (i mod p, j) among the colours.
     rows = place + torch.arange(-width.upper, width.lower + 1, device=out.device).unsqueeze(-1)
-    bands = inside(colours.gather(-2, (rows % p).expand(colours.shape)), width)
-    return _verified(bands, width, probe, probed)
+    return _verified(operator, inside(colours.gather(-2, (rows % p).expand(colours.shape)), width), width)
 
 
-def _verified(bands: Tensor, width: Width, probe: Tensor, probed: Tensor) -> Tensor:
-    """What A^T does to a vector must be what the bands do to it."""
+def _verified(operator: JacobianOperator, bands: Tensor, width: Width) -> Tensor:
+    """What A^T does to a vector must be what the bands do to it: each column by itself, with rows of one size."""
     fixed = bands.detach()
-    vector = probe.expand(*fixed.shape[:-2], 1, probe.shape[-1])
+    largest = transposed(fixed.abs(), width).amax(-2)
+    place = torch.arange(fixed.shape[-1], dtype=fixed.dtype, device=fixed.device)
+    # The numbers of no two rows of one colour agree.
+    probe = torch.cos(place**2 + 0.7) / torch.where(largest > 0, largest, 1)
+    vector = probe.unsqueeze(-2)
     size = product(fixed.abs(), width, vector.abs(), True).squeeze(-2)
-    gap = (product(fixed, width, vector, True).squeeze(-2) - probed.detach()).abs()
-    largest = size.amax(-1) if size.shape[-1] else size.sum(-1)
-    bad = (gap > 100 * torch.finfo(size.dtype).eps * largest.unsqueeze(-1)).any(-1)
+    probed = operator.rmv(probe).detach()
+    gap = (product(fixed, width, vector, True).squeeze(-2) - probed).abs()
+    bad = (gap > 100 * operator.eps * torch.maximum(size, probed.abs())).any(-1)
     if torch.compiler.is_dynamo_compiling():
         return torch.where(bad[..., None, None], torch.nan, bands)
     inspect(partial(_refuse, width), bad)

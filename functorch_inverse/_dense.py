@@ -234,7 +234,7 @@ class _Inverse:
     def log_abs_det(self) -> Tensor:
         start = self.matrix.detach()
         change = self.matrix - start
-        value = torch.linalg.slogdet(start)[1]
+        value = torch.linalg.slogdet(start)[1] + 0 * _inverse(start).sum((-2, -1))  # nan where it is singular
         for node, weight in gauss_legendre(_torch.derivative_order()):
             value = value + weight * _trace(_inverse(start + node * change) @ change)
         return value
@@ -242,4 +242,17 @@ class _Inverse:
 
 def _inverse(matrix: Tensor) -> Tensor:
     inverse, info = torch.linalg.inv_ex(matrix)
-    return torch.where((info == 0)[..., None, None], inverse, torch.nan)
+    regular = (info == 0) & ~_hopeless(matrix.detach().abs(), inverse.detach().abs())
+    return torch.where(regular[..., None, None], inverse, torch.nan)
+
+
+# A + E is singular for some |E| <= n eps |A| at the latest where n eps | |A^-1| |A| | >= 1; w, the inverse column sizes
+# of A, makes this independent of scale.
+def _hopeless(size: Tensor, inverse: Tensor) -> Tensor:
+    """Which matrices cannot be told from singular ones, from the absolute values of A and of its inverse."""
+    n = size.shape[-1]
+    if not n:
+        return torch.zeros(size.shape[:-2], dtype=torch.bool, device=size.device)
+    columns = size.amax(-2).unsqueeze(-1)
+    spread = (inverse @ (size @ torch.where(columns > 0, columns, 1).reciprocal())) * columns
+    return ~(n * torch.finfo(size.dtype).eps * spread.flatten(-2).amax(-1) < 1)

@@ -63,7 +63,7 @@ class Equation:
         if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
             _refuse_export(self.caller)
         with _torch.own_saved_tensors():
-            pullback = Pullback.of(self.f, leaves, self.theta, ())
+            pullback = Pullback.of_values(self.f, leaves, self.theta)
         return Point(self, pullback.outputs, pullback)
 
     def fitting(self, y: Tensor, point: "Point") -> "tuple[Equation, Tensor]":

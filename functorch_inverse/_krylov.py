@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from functorch_inverse import _torch
 from functorch_inverse._preconditioner import Apply, Preconditioner, prepare
 from functorch_inverse._systems import LinearSolution, Maps, Round, Systems, conjugated, flattened, named, norm, refine
 from functorch_inverse.errors import NotConvergedError
@@ -71,6 +72,11 @@ class Krylov:
             raise ValueError(f"`{name}`: `on_failure` is {self.on_failure!r}; choose 'raise' or 'warn'.")
         if not (self.atol >= 0 and (self.rtol is None or self.rtol >= 0)):
             raise ValueError(f"`{name}`: rtol={self.rtol}, atol={self.atol}; tolerances are numbers >= 0.")
+        if not (self.preconditioner is None or isinstance(self.preconditioner, Tensor) or callable(self.preconditioner)):
+            raise ValueError(
+                f"`{name}`: `preconditioner` is {self.preconditioner!r}; pass a callable v -> M v, a tensor (n,) or (n, n), "
+                "or None."
+            )
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"`{name}`: `max_steps` is {self.max_steps}; it must be at least 1, or None for 10 n.")
 
@@ -103,6 +109,11 @@ class Krylov:
             NotConvergedError: names the flat indices of the systems that missed their tolerance (unless "warn").
             StructureError: a map or a preconditioner does not fit b, or A is not what the method needs.
         """
+        if _torch.is_legacy_batched(b):
+            raise NotImplementedError(
+                f"`{type(self).__name__}`: autograd's own batching (is_grads_batched=True, vectorize=True) cannot look into an "
+                "iteration. Use torch.func.jacrev or torch.vmap, or a direct solver such as LU()."
+            )
         b = b.detach()
         if not b.numel():
             return _nothing(b)

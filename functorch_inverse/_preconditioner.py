@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from functorch_inverse import _torch
 from functorch_inverse.errors import StructureError
 
 __all__ = ["Preconditioner", "Transposable", "apply_preconditioner", "prepare"]
@@ -57,11 +58,20 @@ def prepare(preconditioner: Preconditioner, like: Tensor, transpose: bool) -> Ap
     if preconditioner is None:
         return _identity
     if isinstance(preconditioner, Tensor):
+        _refuse_wrapped(preconditioner)
         return _from_tensor(preconditioner.detach(), like, transpose)
     if not transpose:
         return _checked(preconditioner)
     known = getattr(preconditioner, "T", None)
     return _checked(_pulled_back(preconditioner, like) if known is None else known)
+
+
+def _refuse_wrapped(tensor: Tensor) -> None:
+    if _torch.is_wrapped(tensor):
+        raise StructureError(
+            "the preconditioner is a tensor that torch.vmap batches (or another transform wraps), which a solver object cannot "
+            "carry through it. Pass one tensor for all samples, or a callable v -> M v that is made outside of the transform."
+        )
 
 
 def _identity(v: Tensor) -> Tensor:

@@ -41,7 +41,16 @@ class Pullback:
     @staticmethod
     def of(f: Function, y: Tensors, theta: Tensors, wanted: Sequence[int]) -> "Pullback":
         """Evaluate f at a point; `wanted` are the positions of theta to differentiate."""
-        return (_GraphPullback if _torch.plain() else _FuncPullback)(f, y, theta, wanted)
+        if _torch.plain():
+            return _GraphPullback(f, y, theta, wanted)
+        # Outside of the transform that they come from, tensors have no graph of their own.
+        recorded = _torch.recording() and all(t.requires_grad for t in y)
+        return (_RecordedPullback if recorded else _FuncPullback)(f, y, theta, wanted)
+
+    @staticmethod
+    def of_values(f: Function, y: Tensors, theta: Tensors) -> "Pullback":
+        """Evaluate f where nobody differentiates what comes of it, whatever is open outside."""
+        return (_FuncPullback if _torch.transforms_active() else _GraphPullback)(f, y, theta, ())
 
     @staticmethod
     def open(f: Function, y: Tensors) -> "Pullback":
@@ -85,10 +94,11 @@ class _GraphPullback(Pullback):
         if self.transposed is None:
             zeros = [torch.zeros_like(out, requires_grad=True) for out in self.outputs]
             with torch.enable_grad():
-                pulled = torch.autograd.grad(self.outputs, self.y, zeros, create_graph=True, materialize_grads=True)
+                outputs, some = _dependent(self.outputs, zeros)
+                pulled = torch.autograd.grad(outputs, self.y, some, create_graph=True, materialize_grads=True)
             self.transposed = zeros, pulled
         zeros, pulled = self.transposed
-        return torch.autograd.grad(pulled, zeros, tuple(tangents), retain_graph=True, materialize_grads=True)
+        return self._run(pulled, tuple(zeros), tuple(tangents))
 
     def matrix(self) -> Tensor | None:
         if self.outputs[0].shape[-1] < _MANY_ROWS:
@@ -104,9 +114,30 @@ class _GraphPullback(Pullback):
         return self._grad(self.theta, cotangents)
 
     def _grad(self, inputs: list[Tensor], cotangents: Tensors) -> tuple[Tensor, ...]:
-        live = [o.requires_grad for o in self.outputs]
-        outputs, grads = itertools.compress(self.outputs, live), itertools.compress(cotangents, live)
-        return _torch.graph_grad(tuple(outputs), tuple(inputs), tuple(grads))
+        outputs, grads = _dependent(self.outputs, cotangents)
+        return self._run(outputs, tuple(inputs), grads)
+
+    def _run(self, outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return _torch.graph_grad(outputs, inputs, grads)
+
+
+class _RecordedPullback(_GraphPullback):
+    """The same with create_graph: plain autograd differentiates what is computed, to y and theta."""
+
+    def __init__(self, f: Function, y: Tensors, theta: Tensors, wanted: Sequence[int]) -> None:
+        # Nodes of their own, for the derivative of f alone: y depends on theta, too.
+        self.y, leaves, self.transposed = [_own_node(t) for t in y], list(theta), None
+        for i in wanted:
+            leaves[i] = _own_node(theta[i])
+        self.theta = [leaves[i] for i in wanted]
+        self.outputs = _evaluate(f, self.y, leaves)
+        _nodes(self.outputs, (*self.y, *self.theta))
+
+    def matrix(self) -> Tensor | None:
+        return None
+
+    def _run(self, outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(outputs, inputs, grads, create_graph=True, materialize_grads=True)
 
 
 class _OpenPullback(_GraphPullback):
@@ -119,23 +150,36 @@ class _OpenPullback(_GraphPullback):
         self.theta, self.transposed = [], None
         with torch.inference_mode(False), torch.enable_grad():
             y = [t.clone() if t.is_inference() else t for t in y]
-            self.y = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in y]
+            self.y = [_own_node(t) for t in y]
             self.outputs = _evaluate(f, self.y, ())
         # Where nothing but y itself is tracked, nobody outside waits for a graph.
-        self.closed = not any(t.requires_grad for t in y) and _graph(self.outputs, self.y)[1] is None
+        tracked = any(t.requires_grad for t in y) or _graph(self.outputs, self.y)[1] is not None
+        self.closed = not ((tracked and torch.is_grad_enabled()) or _torch.dual_level_open())
 
     def matrix(self) -> Tensor | None:
         return None
 
-    def _grad(self, inputs: list[Tensor], cotangents: Tensors) -> tuple[Tensor, ...]:
+    def _run(self, outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         with torch.inference_mode(False), torch.enable_grad():
-            cotangents = tuple(c.clone() if c.is_inference() else c for c in cotangents)
-            grads = torch.autograd.grad(self.outputs, inputs, cotangents, create_graph=True, materialize_grads=True)
-        return tuple(t.detach() for t in grads) if self.closed or not torch.is_grad_enabled() else grads
+            grads = tuple(c.clone() if c.is_inference() else c for c in grads)
+            found = torch.autograd.grad(outputs, inputs, grads, create_graph=True, materialize_grads=True)
+        return tuple(t.detach() for t in found) if self.closed else found
 
     @property
     def values(self) -> tuple[Tensor, ...]:
-        return tuple(t.detach() for t in self.outputs) if self.closed or not torch.is_grad_enabled() else self.outputs
+        return tuple(t.detach() for t in self.outputs) if self.closed else self.outputs
+
+
+def _dependent(outputs: Tensors, cotangents: Tensors) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """What depends on y at all, with its cotangents."""
+    live = [o.requires_grad for o in outputs]
+    return tuple(itertools.compress(outputs, live)), tuple(itertools.compress(cotangents, live))
+
+
+def _own_node(tensor: Tensor) -> Tensor:
+    """The same tensor, tangent and all, as a new node of the graph, or as a leaf."""
+    own = tensor.view_as(tensor)
+    return own if own.requires_grad else own.requires_grad_()
 
 
 class _FuncPullback(Pullback):
@@ -220,14 +264,14 @@ def _graph(outputs: Tensors, known: Tensors) -> tuple[list[Any], Tensor | None]:
     """The nodes of a graph, and a leaf that is not known, if there is one."""
     expected: set[int] = {id(t) for t in known}
     foreign: Tensor | None = None
-    seen: set[Any] = set()
-    queue: list[Any] = [out.grad_fn for out in outputs if out.grad_fn is not None]
+    seen: set[Any] = {None, *(t.grad_fn for t in known)}
+    queue: list[Any] = [out.grad_fn for out in outputs if out.grad_fn not in seen]
     for node in queue:  # grows while it is walked
         variable = getattr(node, "variable", None)
         if variable is not None and id(variable) not in expected:
             foreign = variable
         for following, _ in node.next_functions:
-            if following is not None and following not in seen:
+            if following not in seen:
                 seen.add(following)
                 queue.append(following)
     return queue, foreign

@@ -166,7 +166,7 @@ class ImplicitRule:
         if isinstance(factors, Tensor):
             return (b[0] / factors,)
         source, target = (A.inputs, A.outputs) if transpose else (A.outputs, A.inputs)
-        return target.unpack(factors.solve(source.pack(b, A.batch), transpose=transpose))
+        return target.unpack(factors.solve(source.pack(b, A.batch).to(A.dtype), transpose=transpose))
 
 
 def move(y: Tensor, step: Tensor, live: Tensors) -> Tensor:

@@ -18,7 +18,7 @@ def suspect(matrix: Tensor, lu: Tensor) -> Tensor:
     if not lu.numel():
         return lu.new_zeros(lu.shape[:-2], dtype=torch.bool)
     pivots, needed = lu.diagonal(dim1=-2, dim2=-1).abs(), 1e4 * _rounding(lu)
-    smallest, largest = matrix.aminmax()
+    smallest, largest = (matrix if matrix.is_contiguous() else matrix.mT).aminmax()  # in the order of memory
     size = torch.maximum(largest, -smallest)  # of the largest column of all: most often that says enough
     doubtful = ~((pivots / size).prod(-1) > needed)
     if not (_torch.can_inspect(doubtful) and not doubtful.any()):

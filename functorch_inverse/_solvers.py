@@ -7,10 +7,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from functorch_inverse._matrix_free import System, ValueSolver, solve_by_values
 from functorch_inverse.errors import NotConvergedError, StructureError
 from functorch_inverse.krylov import GMRES, Krylov
 from functorch_inverse.linear_solvers import LU, Factors, LinearSolver
-from functorch_inverse.operators import JacobianOperator, MatVec, System, ValueSolver
+from functorch_inverse.operators import JacobianOperator, MatVec
 
 __all__ = ["SolverLike", "as_solver", "with_jacobian"]
 
@@ -33,7 +34,7 @@ class _Iterated:
     operator: JacobianOperator
 
     def solve(self, b: Tensor, *, transpose: bool = False) -> Tensor:
-        return self.operator.solve(self.solver, b, transpose=transpose)
+        return solve_by_values(self.operator, self.solver, b, transpose=transpose)
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,34 @@ class _Iteration:
 
     def values(self, system: System, b: Tensor) -> Tensor:
         if system.near is None:
-            return self.krylov.run(system.mv, b, transposed=system.rmv, transpose=system.transpose).value
-        return replace(self.krylov, preconditioner=system.near).run(system.mv, b, transposed=system.rmv).value
+            krylov, transpose = self.krylov, system.transpose
+        else:
+            krylov, transpose = replace(self.krylov, preconditioner=system.near), False
+        found = krylov.run(system.mv, b, transposed=system.rmv, transpose=transpose).value
+        if not system.transpose:
+            _probe(krylov, system, b)
+        return found
+
+
+# A tangent b = -B dtheta lies in the range of A by its making, also where A is singular and A u = b has many solutions;
+# a vector of no such origin does not. (A cotangent in the range of A^T asks for nothing that is ambiguous.)
+def _probe(krylov: Krylov, system: System, b: Tensor) -> None:
+    """An error where A u = p cannot be solved for a p that nobody made with A."""
+    columns = b.ndim - system.sample_dims
+    sample = b[(0,) * columns] if columns else b
+    if not sample.numel() or not b.shape[:columns].numel():
+        return
+    n = b.shape[-1]
+    p = torch.cos(torch.arange(n, dtype=b.dtype, device=b.device) ** 2 + 0.3).expand_as(sample)
+    # The part of p outside of the range of A is some 1 / sqrt(n) of it.
+    loose = replace(krylov, rtol=0.03 / n**0.5, atol=0.0, warm_start=False)
+    try:
+        loose.run(system.mv, p, transposed=system.rmv, transpose=system.near is None and system.transpose)
+    except NotConvergedError as error:
+        raise NotConvergedError(
+            f"A u = b was solved, but A u = p for an arbitrary p was not: the Jacobian is singular, so that u is one of many "
+            f"solutions, or the iteration is too short. ({error})"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -62,9 +89,10 @@ class _Callable:
                 f"`linear_solver`: solve(mv, rhs) returned {arrived}; needed is {b.dtype} of shape {tuple(b.shape)}."
             )
         error, size = (system.mv(u) - b).norm(dim=-1), b.norm(dim=-1)
-        bad = error > torch.finfo(b.dtype).eps ** 0.5 * size
+        undefined = ~(b.isfinite().all(-1) & system.mv(torch.zeros_like(b)).isfinite().all(-1))
+        bad = ~(undefined | (error <= torch.finfo(b.dtype).eps ** 0.5 * size))
         if bad.any():
-            worst = (error / size)[bad].max().item()
+            worst = (error / size)[bad].nan_to_num(nan=torch.inf).max().item()
             raise NotConvergedError(
                 f"`linear_solver`: solve(mv, rhs) left a relative residual of {worst:.3g} in {int(bad.sum())} of "
                 f"{bad.numel()} systems; the derivative would be wrong. Let it iterate longer, or use GMRES()."

@@ -59,6 +59,7 @@ __all__ = [
     "can_inspect",
     "derivative_order",
     "derivatives_possible",
+    "dual_level_open",
     "fake_mode",
     "forward_levels",
     "forward_mode_again",
@@ -77,6 +78,7 @@ __all__ = [
     "own_saved_tensors",
     "plain",
     "primal",
+    "recording",
     "signed",
     "traced_derivatives_possible",
     "traced_transforms",
@@ -100,9 +102,19 @@ def transforms_active() -> bool:
     return torch.compiler.is_dynamo_compiling() or _are_functorch_transforms_active()
 
 
+def dual_level_open() -> bool:
+    """Whether tangents may flow, of torch.func.jvp or a plain dual level."""
+    return forward_ad._current_level >= 0
+
+
 def plain() -> bool:
     """Whether nobody differentiates or transforms what is computed now."""
     return not (transforms_active() or torch.is_grad_enabled() or forward_ad._current_level >= 0)
+
+
+def recording() -> bool:
+    """Whether plain autograd, and nothing else, differentiates what is computed now."""
+    return torch.is_grad_enabled() and not (transforms_active() or forward_ad._current_level >= 0)
 
 
 def function_mode_active() -> bool:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 from fresh import run_fresh
 from helpers import assert_close, live, total
 from problems import DEVICE, Draw, W, constant
@@ -192,6 +193,24 @@ def test_no_graph_where_nobody_asked():
     assert not (value.requires_grad or ladj.requires_grad)
 
 
+def test_dual_numbers():
+    y, c = YS, C
+    with fwAD.dual_level():
+        for dual_y, dual_c in [
+            (fwAD.make_dual(y, y.cos()), c),
+            (y, fwAD.make_dual(c, c.sin())),
+            (fwAD.make_dual(y, y.cos()), c),
+        ]:
+            got = fi.log_abs_det_jacobian(lambda y, c=dual_c: f(y, c), dual_y, has_value=True)
+            want = f(dual_y, dual_c), *exact(dual_y, dual_c)
+            assert_close(*(tuple(fwAD.unpack_dual(t).tangent for t in leaves) for leaves in (got, want)))
+    for options in ({"event_dim": 0}, {"linear_solver": fi.Banded(0, 0)}, {}):
+        numbers = live((Y,))
+        assert torch.autograd.gradcheck(
+            lambda y, o=options: fi.log_abs_det_jacobian(torch.sinh, y, **o), numbers, check_forward_ad=True
+        )
+
+
 def test_no_grad_and_hooks_and_checkpoint():
     net, h = module()
     with torch.no_grad():
@@ -240,6 +259,7 @@ def test_empty_batches_and_nan():
         (lambda y: y[..., :2], {}, fi.StructureError, "makes 2 numbers out of the 3"),
         (lambda y: y.sum(0), {}, fi.StructureError, "batch dims of y"),
         (lambda y: y.detach(), {}, fi.NoDerivativeError, "does not depend on y"),
+        (lambda y: (y[..., :1], torch.ones(4, 2)), {}, fi.SingularJacobianError, "4 of 4 samples"),
         (lambda y: y.long(), {}, fi.StructureError, "int64"),
         (lambda y: y.sum(-1, keepdim=True) + 0 * y, {}, fi.SingularJacobianError, "4 of 4 samples"),
         (lambda y: y, {"linear_solver": fi.GMRES()}, ValueError, "linear_solver"),

@@ -2,6 +2,7 @@
 
 import pickle
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -292,6 +293,84 @@ def test_nan_for_singular_samples_alone(solver):
     assert_close([x.grad[::2]], [0.5 / x.detach()[::2].abs().sqrt()])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("large", ["entry", "row", "column"])
+def test_entries_outside_of_bands_are_seen_beside_large_ones(dtype, large):
+    """A penalty of 1e6 in one place must not hide a one in another."""
+    A = 3 * torch.eye(6, dtype=dtype) - torch.diag(torch.ones(5, dtype=dtype), 1) - torch.diag(torch.ones(5, dtype=dtype), -1)
+    A[{"entry": (1, 1), "row": 1, "column": (slice(None), 1)}[large]] *= 1e6
+    h = fi.custom_inverse(lambda x: torch.linalg.solve(A, x), lambda y: y @ A.T, event_dim=1, linear_solver=fi.Banded(1, 1))
+    x = torch.ones(6, dtype=dtype)
+    jacrev(h)(x)
+    A[4, 1] = -1.0
+    with pytest.raises(fi.StructureError, match="outside of 1"):
+        jacrev(h)(x)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [fi.LU(), fi.LeastSquares(), fi.GMRES(), fi.BiCGStab(), fi.Banded(0, 0), fi.Triangular(), fi.CG(), fi.Cholesky()],
+    ids=repr,
+)
+def test_a_residual_in_another_precision_than_y(solver):
+    """y is float32, as the first argument; the residual float64, as the second."""
+    a, b = torch.tensor([1.0, 2.0]), torch.tensor([1.5, 2.5], dtype=torch.float64)
+    root = fi.custom_root(lambda a, b: a / b, lambda y, a, b: y * b - a, event_dim=1, linear_solver=solver, check=1e-5)
+    pushed = jvp(root, (a, b), (a.cos(), b.sin()))[1]
+    pulled = grad(lambda a, b: root(a, b).sum(), (0, 1))(a, b)
+    assert pushed.dtype == torch.float32 and [t.dtype for t in pulled] == [torch.float32, torch.float64]
+    torch.testing.assert_close(pushed.double(), a.cos() / b - a * b.sin() / b**2, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(pulled[1], -a / b**2, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("solver", [fi.GMRES(), fi.BiCGStab(), fi.NormalCG(), fi.CG()], ids=repr)
+def test_a_singular_jacobian_that_has_solutions(solver):
+    """A tangent of a root lies in the range of A by its making; which of many solutions is meant, nobody knows."""
+    S = torch.ones(2, 2, dtype=torch.float64)
+    branch = fi.custom_root(lambda a: torch.stack([a.sum(), 0 * a.sum()]), lambda y, a: S @ y - S @ a, linear_solver=solver)
+    with pytest.raises(fi.NotConvergedError, match="singular"):
+        jacfwd(branch)(torch.tensor([1.0, -1.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("solver", KRYLOV.values(), ids=repr)
+def test_preconditioners_of_the_wrong_kind(solver):
+    for wrong in (2.0, [1.0], "Jacobi"):
+        with pytest.raises(ValueError, match="preconditioner"):
+            replace(solver, preconditioner=wrong)
+
+    def slope(a, M):
+        root = fi.custom_root(lambda a: a, lambda y, a: (y - a) @ W, linear_solver=replace(solver, preconditioner=M))
+        return grad(lambda a: root(a).sum())(a)
+
+    with pytest.raises(fi.StructureError, match=r"torch\.vmap batches"):
+        vmap(slope)(torch.stack([X, X]), torch.stack([X, X]))
+
+
+@pytest.mark.parametrize("solver", KRYLOV.values(), ids=repr)
+def test_torchs_own_batching(solver):
+    """is_grads_batched cannot look into an iteration; it says so."""
+    h = fi.custom_inverse(lambda x: x * 1, lambda y: y @ W, event_dim=1, linear_solver=solver)
+    x = X.clone().requires_grad_()
+    with pytest.raises(NotImplementedError, match="torch.func"):
+        torch.autograd.grad(h(x), x, torch.eye(3, dtype=X.dtype), is_grads_batched=True)
+
+
+def test_a_callable_that_returns_nan():
+    h = fi.custom_inverse(lambda x: x, lambda y: y @ W, event_dim=1, linear_solver=lambda mv, b: b * torch.nan)
+    with pytest.raises(fi.NotConvergedError, match="inf"):
+        grad(lambda x: h(x).sum())(X)
+
+
+@every_solver
+def test_empty_samples_and_empty_batches(name):
+    solver = CASES[name][1]
+    for shape in ((3, 0), (0, 3), (2, 0, 3)):
+        h = fi.custom_root(lambda a: 2 * a, lambda y, a: y / 2 - a, event_dim=1, linear_solver=solver)
+        a = torch.zeros(shape, dtype=torch.float64)
+        assert grad(lambda a, h=h: h(a).sum())(a).shape == a.shape
+        assert jvp(h, (a,), (a,))[1].shape == a.shape
+
+
 def test_banded_options():
     for wrong in ({"lower": -1, "upper": 0}, {"lower": 1, "upper": 1, "on_singular": "inf"}):
         with pytest.raises(ValueError, match="Banded"):
@@ -447,6 +526,13 @@ def check_compiled_without_values():
     y = torch.compile(narrow, fullgraph=True, backend="aot_eager")(x, C, B)
     assert_close([y.detach()], [exact(X, C, B)])
     y.sum().backward()
+    assert x.grad.isnan().all()
+    # A matrix that is singular only up to rounding: no pivot of it is zero.
+    S = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]], dtype=torch.float64)
+    torch._dynamo.reset()
+    blind = torch.compile(fi.custom_inverse(lambda x: x * 1, lambda y: y @ S, event_dim=1), fullgraph=True, backend="aot_eager")
+    x.grad = None
+    blind(x).sum().backward()
     assert x.grad.isnan().all()
 
 
