@@ -45,7 +45,9 @@ def advanced(state: AndersonState, x: Tensor, residual: Tensor, jacobian: object
     """Go to the point that was tried; an accelerated one that is no better is taken back, a plain step is believed."""
     before, after = (torch.linalg.vector_norm(r, dim=-1) for r in (state.residual, residual))
     better = after < before
-    go = _moved(state, residual, better)._replace(status=_status(x, state.trial, residual, options))
+    status = _status(x, state.trial, residual, options)
+    rounding = state.plain & _stalled(state, x, residual, options)
+    go = _moved(state, residual, better)._replace(status=torch.where(rounding & (status == RUNNING), DONE, status))
     stay = state._replace(trial=state.y - state.residual, plain=torch.ones_like(state.plain), dy=0 * state.dy, dr=0 * state.dr)
     pairs = zip(_finished(go), stay, strict=True)
     return AndersonState(*(chosen(better | state.plain, a, b) for a, b in pairs))
@@ -83,6 +85,14 @@ def _explained(dy: Tensor, dr: Tensor, residual: Tensor) -> Tensor:
 
 
 def _status(x: Tensor, y: Tensor, residual: Tensor, options: Options) -> Tensor:
-    error = largest(residual)
-    done = error <= options.atol + options.rtol * (largest(x) + largest(y))
-    return torch.where(done, DONE, torch.where(error.isfinite(), RUNNING, UNDEFINED))
+    """Each number by itself, so that a large one does not hide the small."""
+    done = (residual.abs() <= options.atol + options.rtol * (x.abs() + y.abs())).all(-1)
+    return torch.where(done, DONE, torch.where(residual.isfinite().all(-1), RUNNING, UNDEFINED))
+
+
+# Where f adds large numbers to small ones, the small ones cannot be found better than the large ones are rounded.
+def _stalled(state: AndersonState, x: Tensor, residual: Tensor, options: Options) -> Tensor:
+    """Whether the residual is no more than rounding of the largest number, and the relative one of no number falls."""
+    rounding = 16 * options.eps * (largest(x) + largest(state.trial))
+    size = (x.abs() + state.trial.abs()).clamp_min(torch.finfo(x.dtype).tiny)
+    return (largest(residual) <= rounding) & (largest(residual / size) >= largest(state.residual / size))

@@ -59,12 +59,16 @@ class Equation:
         """f at packed y; with a graph, its Jacobian can be asked for."""
         leaves = self.inputs.unpack(y)
         if not graph:
-            return Point(self, tuple(self.f(leaves, self.theta)), None)
+            return Point(self, tuple(self._values(leaves, self.theta)), None)
         if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
             _refuse_export(self.caller)
         with _torch.own_saved_tensors():
-            pullback = Pullback.of_values(self.f, leaves, self.theta)
+            pullback = Pullback.of_values(self._values, leaves, self.theta)
         return Point(self, pullback.outputs, pullback)
+
+    def _values(self, y: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
+        """f of its own copy of y, which it may change."""
+        return tuple(self.f([t.clone() for t in y], theta))
 
     def fitting(self, y: Tensor, point: "Point") -> "tuple[Equation, Tensor]":
         """With the batch dims that f broadcast y to."""

@@ -42,7 +42,7 @@ class _Values:
         target, wanted = target_of(x)
         wanted = _floating(wanted)
         if not wanted:
-            raise StructureError(f"`{_CALLER}`: x is {x!r}, without a number in it. Pass a tensor, or a pytree with tensors.")
+            raise StructureError(f"`{_CALLER}`: x is {x!r}, without a number or tensor in it. Pass tensors (torch.as_tensor).")
         x_dims = event_dims(self.event_dim, target, wanted, _CALLER, "event_dim")
         whole, tensors = Partition.of(target.join(wanted) if init is None else _like(init, wanted))
         chosen = tuple(is_differentiable(t) for t in tensors)
@@ -53,7 +53,7 @@ class _Values:
         captured = self._captured(wanted)
         rest, values = Partition.of(args)
         constants = [t for t in tensors if not is_differentiable(t)]
-        f = Evidence(_Guarded(self.f, init is None), whole, chosen, rest, captured, Pick(_CALLER, target))
+        f = Evidence(_Guarded(self.f, [init is None]), whole, chosen, rest, captured, Pick(_CALLER, target))
         inverter = self._chosen(Layout.of(y, y_dims), y_dims + x_dims)
         inversion = Inversion(_CALLER, inverter, f, y_dims, x_dims)
         found = inversion(y, wanted, (*values, *constants, *captured.tensors))
@@ -90,14 +90,15 @@ _HALF = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, eq=False)
 class _Guarded:
-    """f, which says where the values came from that it cannot take."""
+    """f, which says where the values came from that it cannot take, while `first` holds True."""
 
     f: Callable[..., Any]
-    default: bool
+    first: list[bool]
 
     def __call__(self, y: Tree, *args: Tree) -> Tree:
-        if not self.default or torch.compiler.is_dynamo_compiling():
+        if torch.compiler.is_dynamo_compiling() or not self.first[0]:
             return self.f(y, *args)
+        self.first[0] = False
         try:
             return self.f(y, *args)
         except FunctorchInverseError:

@@ -3,6 +3,7 @@
 Samples are solved for together. What has converged is left alone, a failure names its samples.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -88,7 +89,10 @@ class Newton:
         if status == UNDEFINED:
             return "Pass an `init` where f is defined."
         if status == STUCK:
-            return "The Jacobian is singular there, or there is no solution: pass another `init`."
+            return (
+                "The Jacobian is singular there, there is no solution, or f has larger rounding errors than rtol and atol "
+                "allow for: pass another `init`, or larger tolerances."
+            )
         return "Pass an `init` closer to the solution, or larger max_steps."
 
 
@@ -104,7 +108,9 @@ class Chandrupatla:
     Args:
         lower, upper: the bounds of f's domain; None: none. The bounds themselves are tried last.
         rtol: a sample has converged where y is known to within atol + rtol |y|. None: 2 eps of the dtype.
-        atol: the absolute part. None: eps^1.5 of the width of the first bracket, or of 1 if that is less.
+        atol: the absolute part. None: 0, or, where f(y) = x holds to rounding already, eps^1.5 of the width of the first
+            bracket, 1 at most. Where f changes by so much inside a bracket of that width that it may jump, the search
+            goes on, and ends in an error where it does.
         max_steps: how many points are tried after the first.
         on_failure: "raise" a `BracketError` (f(y) - x has one sign everywhere) or `NotConvergedError` (f is not monotone,
             jumps over x, or the steps were used up) that names the samples; "nan"; "warn".
@@ -137,6 +143,11 @@ class Chandrupatla:
 
     def __post_init__(self) -> None:
         _check(self)
+        for name, none in (("lower", -math.inf), ("upper", math.inf)):
+            if getattr(self, name) == none:
+                object.__setattr__(self, name, None)
+            elif not math.isfinite(getattr(self, name) or 0.0):
+                raise ValueError(f"`Chandrupatla`: {name}={getattr(self, name)}; choose None, for no bound, or a finite number.")
         if self.lower is not None and self.upper is not None and not self.lower < self.upper:
             raise ValueError(f"`Chandrupatla`: lower={self.lower} and upper={self.upper}; `lower` must be below `upper`.")
 
@@ -180,8 +191,8 @@ class FixedPoint:
     does not make the residual smaller is replaced by a plain one. One evaluation of f a step, no Jacobian.
 
     Args:
-        rtol: a sample has converged where :math:`|f(y) - x| \le atol + rtol\, (|x| + |y|)` in the maximum norm. None:
-            eps^0.75 of the dtype, 2e-12 in float64.
+        rtol: a sample has converged where :math:`|f(y) - x| \le atol + rtol\, (|x| + |y|)` in each number, or where all of
+            f(y) - x is rounding of the largest. None: eps^0.75 of the dtype, 2e-12 in float64.
         atol: the absolute part. None: 0.
         max_steps: how many points are tried after the first.
         memory: how many changes are kept; 0 is the plain iteration.

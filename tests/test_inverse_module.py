@@ -150,6 +150,14 @@ def test_inverse_of_an_inverse():
     assert_close(gradients(numeric, numeric(x)), gradients(module, module(x)))
 
 
+def test_a_module_that_works_in_place():
+    x = torch.tensor([-1.0, 2.0, 3.0], **double)
+    for event_dim in (0, 1):
+        y = fi.InverseModule(nn.Sequential(nn.LeakyReLU(0.5, inplace=True)), event_dim=event_dim)(x)
+        assert_close(y, torch.tensor([-2.0, 2.0, 3.0], **double))
+        assert torch.equal(x, torch.tensor([-1.0, 2.0, 3.0], **double))
+
+
 def test_what_is_no_module():
     with pytest.raises(TypeError, match=r"use invert\(\) for a function"):
         fi.InverseModule(torch.sin)

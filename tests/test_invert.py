@@ -1,6 +1,7 @@
 """invert: problems x transform stacks against closed forms, with nothing but f given."""
 
 import copy
+import itertools
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -417,6 +418,32 @@ def test_wrong_values_would_be_seen():
     early = inverted(VECTOR, inverter=fi.Newton(rtol=0.1))
     with pytest.raises(AssertionError):
         assert_close_to_exact(lambda h, inputs: grad(loss(h))(*inputs), VECTOR, None, early)
+
+
+def test_f_may_change_its_argument():
+    """Every call gets a copy of its own."""
+
+    def f(y):
+        y.mul_(2.0)
+        return y
+
+    for event_dim, inverter in ((0, None), (1, fi.Newton()), (1, fi.FixedPoint(memory=1, max_steps=200, on_failure="nan"))):
+        x = torch.tensor([0.5, -1.0], **double)
+        y = fi.invert(f, event_dim=event_dim, inverter=inverter)(x)
+        assert y.isnan().all() if isinstance(inverter, fi.FixedPoint) else torch.equal(y, x / 2)
+        assert torch.equal(x, torch.tensor([0.5, -1.0], **double))
+
+
+def test_an_error_of_f_on_the_way_is_its_own():
+    count = itertools.count()
+
+    def f(y):
+        if next(count) == 3:
+            raise ZeroDivisionError
+        return y.exp()
+
+    with pytest.raises(ZeroDivisionError):
+        fi.invert(f, event_dim=0)(torch.tensor([0.5, 2.0]))
 
 
 # --- the object ------------------------------------------------------------------------------------

@@ -175,6 +175,59 @@ def test_newton_with_more_than_one_backward_at_once():
     torch.testing.assert_close(torch.sinh(y @ w.T), x, rtol=1e-10, atol=1e-10)
 
 
+def test_newton_sees_each_number_by_itself():
+    """A large number, or an offset, does not hide an equation that does not hold."""
+
+    def f(y):
+        return torch.stack([y[..., 0], torch.atan(y[..., 1])], -1)
+
+    for dtype, big in ((torch.float64, 1e9), (torch.float32, 1e5)):
+        x = torch.tensor([big, 0.0], dtype=dtype)
+        y = fi.invert(f, event_dim=1)(x, init=torch.tensor([big, 2.0], dtype=dtype))
+        torch.testing.assert_close(y, x, rtol=0, atol=1e-9)
+    y = fi.invert(lambda y: torch.atan(y - 1e9), event_dim=1)(torch.zeros(1, **double), init=torch.full((1,), 1e9 + 2, **double))
+    torch.testing.assert_close(y, torch.full((1,), 1e9, **double), rtol=1e-15, atol=0)
+
+
+def test_newton_from_far_away():
+    g = fi.invert(lambda y: y + 20 * torch.atan(3 * y), event_dim=1)
+    for dtype, init in ((torch.float32, 1e7), (torch.float64, 1e15)):
+        y = g(torch.tensor([5.0], dtype=dtype), init=torch.tensor([init], dtype=dtype))
+        torch.testing.assert_close(y + 20 * torch.atan(3 * y), torch.tensor([5.0], dtype=dtype))
+
+
+# f, x outside of its range or beyond where it overflows, init.
+UNSOLVABLE = {
+    "below": (torch.sigmoid, [-1e-13], [-1e-13]),
+    "square": (lambda y: y**2, [-1e-13], [1.0]),
+    "overflow": (torch.exp, [1e3], [1e3]),
+    "overflow of some": (lambda y: torch.sinh(y) + 0.5 * y.sum(-1, keepdim=True), [1e3, 2.0], [1e3, 2.0]),
+    "overflow of the derivative": (lambda y: y**3, [1e103], [1e103]),
+    "infinite derivative": (lambda y: (y - 1).sqrt(), [5.0], [1.0]),
+}
+
+
+@pytest.mark.parametrize("name", UNSOLVABLE)
+def test_newton_does_not_take_failure_for_success(name):
+    f, x, init = UNSOLVABLE[name]
+    with pytest.raises(fi.NotConvergedError):
+        fi.invert(f, event_dim=1)(torch.tensor(x, **double), init=torch.tensor(init, **double))
+
+
+def test_newton_in_float32_does_not_take_failure_for_success():
+    for f, x, init in ((torch.sigmoid, -1e-6, -1e-6), (lambda y: y**2, -1e-6, 1.0), (lambda y: y**3, 1e15, 1e15)):
+        with pytest.raises(fi.NotConvergedError):
+            fi.invert(f, event_dim=1)(torch.tensor([x]), init=torch.tensor([init]))
+    with pytest.raises(fi.NotConvergedError, match=r"samples \[0\]"):
+        fi.invert(torch.exp, event_dim=0, inverter=fi.Newton())(torch.tensor([100.0, 2.0]))
+
+
+def test_newton_beside_a_pole():
+    """|A||y| is huge there, but f is not linear over what that allows."""
+    y = fi.invert(lambda y: 1 / (y - 1), event_dim=1)(torch.tensor([5.0], **double), init=torch.tensor([1 + 1e-13], **double))
+    torch.testing.assert_close(y, torch.tensor([1.2], **double), rtol=1e-13, atol=0)
+
+
 # --- Chandrupatla ----------------------------------------------------------------------------------
 
 # f, its inverse in closed form, x.
@@ -296,6 +349,91 @@ def test_chandrupatla_refuses():
         fi.invert(torch.sin, inverter=fi.Chandrupatla(), event_dim=0)(x + 0j)
 
 
+# f, its inverse, x in float64, x in float32.
+SMALL_ROOTS = {
+    "cube": (lambda y: y.sign() * y.abs() ** (1 / 3), lambda x: x**3, [1e-1, -1e-3, 1e-6, 1e-20], [1e-1, 1e-3, 1e-5, -1e-9]),
+    "steep": (lambda y: torch.sinh(1e10 * y), lambda x: torch.asinh(x) / 1e10, [1.0, -8.0, 0.0, 1e-9], [1.0, -8.0, 0.0, 1e-5]),
+    "linear": (lambda y: 1e23 * y, lambda x: x / 1e23, [1.38, -3e7, 1e-200], [1.38, 1e-5]),
+}
+
+
+@pytest.mark.parametrize("name", SMALL_ROOTS)
+def test_chandrupatla_finds_small_roots(name):
+    f, exact, *inputs = SMALL_ROOTS[name]
+    for dtype, x in zip((torch.float64, torch.float32), inputs, strict=True):
+        x = torch.tensor(x, dtype=dtype)
+        for init in (None, 0.7):
+            g, calls = counted(f)
+            y = fi.invert(g, event_dim=0)(x, init=init)
+            torch.testing.assert_close(y, exact(x), rtol=64 * torch.finfo(dtype).eps, atol=0)
+            assert len(calls) <= 60
+
+
+def test_chandrupatla_where_f_overflows_on_the_way():
+    x = torch.tensor([1.0, -8.0], **double)
+    y = fi.invert(lambda y: torch.sinh(1e25 * y), event_dim=0)(x)
+    torch.testing.assert_close(y, x.asinh() / 1e25, rtol=1e-14, atol=0)
+
+
+# f, x with no y for it, init.
+JUMPS = {
+    "at 0": (lambda y: y + y.sign(), [0.5, -0.25], None),
+    "close to 0": (lambda y: y + torch.sign(y - 1e-12), [0.5], None),
+    "floor": (torch.floor, [2.5, 2.0001], None),
+    "small beside f": (lambda y: y**3 + 10 * torch.sign(y - 5), [130.0], None),
+    "overflow on the way": (lambda y: y.exp() + 1000 * (y > 7), [1500.0], None),
+    "small beside x": (lambda y: 10 * y + torch.sign(y - 5), [50.5], None),
+    "very small": (lambda y: y + 1e-5 * (y > 0.37), [0.370005], None),
+    "far away": (lambda y: torch.sinh(y) + 10 * (y > 0.37), [5.0], 700.0),
+    "at 0, far away": (lambda y: torch.sinh(y) + 10 * y.sign(), [5.0], 700.0),
+    "to infinity": (lambda y: 1 / (1 - y), [1e20], 0.5),
+}
+
+
+@pytest.mark.parametrize("name", JUMPS)
+def test_chandrupatla_sees_jumps(name):
+    f, values, init = JUMPS[name]
+    # Beside the largest changes of f a tolerance hides the smallest.
+    loose = [] if name in ("very small", "at 0, far away") else [{"rtol": 1e-6}, {"atol": 1e-6}]
+    for options in ({}, {"rtol": 0.0}, *loose):
+        for x in values:
+            with pytest.raises(fi.NotConvergedError, match="f jumps over x"):
+                fi.invert(f, inverter=fi.Chandrupatla(**options), event_dim=0)(torch.tensor([x], **double), init=init)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_chandrupatla_sees_jumps_in_lower_precision(dtype):
+    for f, x in ((lambda y: 10 * y + torch.sign(y - 5), 50.5), (lambda y: y + torch.sign(y - 5), 5.5)):
+        with pytest.raises(fi.NotConvergedError, match="f jumps over x"):
+            fi.invert(f, event_dim=0)(torch.tensor([x], dtype=dtype))
+
+
+def test_steep_functions_and_rounding_are_no_jumps():
+    for slope, dtype in ((1e4, torch.float32), (1e6, torch.float64), (1e10, torch.float64)):
+        x, eps = torch.tensor([0.2, -0.9], dtype=dtype), torch.finfo(dtype).eps
+        y = fi.invert(lambda y, slope=slope: torch.tanh(slope * (y - 0.3)), event_dim=0)(x)
+        torch.testing.assert_close(y, 0.3 + x.atanh() / slope, rtol=8 * eps, atol=0)
+    x = torch.tensor([0.0, 1e-3], **double)
+    y = fi.invert(lambda y: y**3 - 3 * y**2 + 3 * y - 1, event_dim=0)(x, init=3.7)
+    torch.testing.assert_close((y - 1) ** 3, x, rtol=1e-9, atol=1e-14)
+    noise = fi.invert(lambda y: torch.sinh(y) + 0.3 - 0.1 - 0.2, event_dim=0)(x[:1], init=1.0)
+    assert noise.abs() < 1e-15
+
+
+@pytest.mark.parametrize("options", [{"rtol": 1e-6}, {"atol": 1e-6}, {"rtol": 0.0}])
+def test_chandrupatla_keeps_a_tolerance(options):
+    x = torch.tensor([0.3, -5.0, 1e4], **double)
+    y = fi.invert(torch.sinh, inverter=fi.Chandrupatla(**options), event_dim=0)(x)
+    rtol = max(options.get("rtol", 0.0), 4 * EPS)
+    torch.testing.assert_close(y, x.asinh(), rtol=rtol, atol=options.get("atol", 0.0))
+
+
+def test_bounds_that_are_none():
+    assert fi.Chandrupatla(lower=-math.inf, upper=math.inf) == fi.Chandrupatla()
+    with pytest.raises(ValueError, match="choose None, for no bound"):
+        fi.Chandrupatla(upper=math.nan)
+
+
 def test_a_flat_start():
     """Nothing but rounding to go by at first: both sides are tried."""
     x = torch.tensor([0.1, 0.9], **double)
@@ -361,3 +499,23 @@ def test_fixed_point_under_vmap_is_one_batch():
     assert count < 30
     torch.testing.assert_close(vmap(h)(x), one, rtol=1e-12, atol=1e-12)
     assert len(calls) == 2 * count
+
+
+def test_fixed_point_sees_each_number_by_itself():
+    def f(y):
+        return y + torch.sin(3 * y) / 6
+
+    for dtype, big in ((torch.float32, 1e6), (torch.float64, 1e11)):
+        y = torch.tensor([big, 0.2], dtype=dtype)
+        found = fi.invert(f, event_dim=1, inverter=fi.FixedPoint())(f(y))
+        torch.testing.assert_close(found, y, rtol=torch.finfo(dtype).eps ** 0.75, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fixed_point_where_large_numbers_round_the_small_ones(dtype):
+    w = 0.3 * torch.linalg.qr(torch.randn(3, 3, **double))[0]
+    y = torch.tensor([1e6, 1.0, 1e-3], dtype=dtype)
+    g, calls = counted(lambda y: y + y @ w.to(dtype))
+    found = fi.invert(g, event_dim=1, inverter=fi.FixedPoint())(y + y @ w.to(dtype))
+    torch.testing.assert_close(found, y, rtol=0, atol=4e6 * torch.finfo(dtype).eps)
+    assert len(calls) <= 12
