@@ -34,6 +34,8 @@ def attach(rule: Rule, y: Tensors, x: Tensors, theta: Tensors) -> tuple[Tensor, 
 def _traced(rule: Rule, y: Tensors, x: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
     if _torch.traced_transforms() or rule.reads_more(y, theta):
         return rule.reattach(y, x, theta, _torch.derivative_order())
+    if not any(t.requires_grad for t in (*x, *theta)):
+        return tuple(y)
     # With no transform open, AOTAutograd differentiates once, and keeps what only a backward needs out of the forward.
     wanted = tuple(i for i, t in enumerate(theta) if t.requires_grad)
     return _Once.apply(rule, len(y), len(x), wanted, *y, *x, *theta)

@@ -5,6 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from fresh import run_fresh
 from helpers import (
     all_of,
     assert_close,
@@ -426,3 +427,35 @@ def test_elementwise_builds_no_matrix(monkeypatch):
     h = ELEMENTWISE.root()
     x, a = ELEMENTWISE.inputs()
     assert_close(jacrev(h, (0, 1))(x, a), jacrev(ELEMENTWISE.closed_form(), (0, 1))(x, a))
+
+
+# --- torch.compile ----------------------------------------------------------------------------------
+
+
+def check_compiled():
+    """Forward + backward, per-sample gradients, second order; roots and fixed points, traced."""
+
+    def compiled(h):
+        torch._dynamo.reset()
+        return torch.compile(h, fullgraph=True, backend="aot_eager")
+
+    residual = lambda y, x, c, b: vector_f(y, c, b) - x  # noqa: E731
+    step = lambda y, x, c, b: y - 0.3 * residual(y, x, c, b)  # noqa: E731
+    root = fi.custom_root(vector_exact, residual, event_dim=1)
+    inputs = live((X, *THETA))
+    for h in (root, fi.custom_fixed_point(vector_exact, step, event_dim=1)):
+        got = torch.autograd.grad(total((compiled(h)(*inputs),)), inputs)
+        assert_close(got, torch.autograd.grad(total((vector_exact(*inputs),)), inputs))
+    curvature = lambda f: hessian(lambda *i: total((f(*i),)), (0, 1))(X, *THETA)  # noqa: E731
+    assert_close(compiled(lambda: curvature(root))(), curvature(vector_exact))
+    stacked = VECTOR.stacked(3)
+    per_sample = lambda f: vmap(grad(lambda *i: total((f(*i),)), (0, 1, 2)))  # noqa: E731
+    assert_close(compiled(per_sample(root))(*stacked), per_sample(vector_exact)(*stacked))
+    handed_on = fi.custom_root(lambda t: newton(t), equation, has_jacobian=True)
+    t = T.clone().requires_grad_()
+    got = torch.autograd.grad(compiled(handed_on)(t).sum(), t)
+    assert_close(got, (grad(lambda t: exact_solution(t).sum())(T),))
+
+
+def test_compiled():
+    run_fresh(check_compiled)
