@@ -147,7 +147,9 @@ class Chandrupatla:
             if getattr(self, name) == none:
                 object.__setattr__(self, name, None)
             elif not math.isfinite(getattr(self, name) or 0.0):
-                raise ValueError(f"`Chandrupatla`: {name}={getattr(self, name)}; choose None, for no bound, or a finite number.")
+                raise ValueError(
+                    f"`Chandrupatla`: {name}={getattr(self, name)}; choose None, for no bound, or a finite number."
+                )
         if self.lower is not None and self.upper is not None and not self.lower < self.upper:
             raise ValueError(f"`Chandrupatla`: lower={self.lower} and upper={self.upper}; `lower` must be below `upper`.")
 

@@ -185,7 +185,9 @@ def test_newton_sees_each_number_by_itself():
         x = torch.tensor([big, 0.0], dtype=dtype)
         y = fi.invert(f, event_dim=1)(x, init=torch.tensor([big, 2.0], dtype=dtype))
         torch.testing.assert_close(y, x, rtol=0, atol=1e-9)
-    y = fi.invert(lambda y: torch.atan(y - 1e9), event_dim=1)(torch.zeros(1, **double), init=torch.full((1,), 1e9 + 2, **double))
+    y = fi.invert(lambda y: torch.atan(y - 1e9), event_dim=1)(
+        torch.zeros(1, **double), init=torch.full((1,), 1e9 + 2, **double)
+    )
     torch.testing.assert_close(y, torch.full((1,), 1e9, **double), rtol=1e-15, atol=0)
 
 
