@@ -187,9 +187,12 @@ def _status(s: BracketState, x: Tensor, exact: Tensor, narrow: Tensor, options: 
     span = torch.where(zero, s.span.clamp_max(1.0), s.span)
     smooth = height <= 16 * s.span * width / torch.maximum(big, s.unit) + 100 * options.eps * (x.abs() + span)
     smooth = (smooth | (last & (height <= options.eps**0.125 * s.near))) & height.isfinite()
+    # Half the digits of x are more than a jump beside x leaves, and f may lose the others.
+    error = s.residual.squeeze(-1).abs()
+    holds = smooth | exact | (last & (error <= options.eps**0.5 * x.abs()))
     ended = s.bracketed & (s.status == RUNNING) & (narrow | last)
-    status = torch.where(ended & (smooth | exact), DONE, torch.where(ended & last, JUMPS, s.status))
-    return torch.where((s.residual.squeeze(-1) == 0) & (s.status == RUNNING), DONE, status)
+    status = torch.where(ended & holds, DONE, torch.where(ended & last, JUMPS, s.status))
+    return torch.where((error == 0) & (s.status == RUNNING), DONE, status)
 
 
 def _interpolated(s: BracketState) -> Tensor:

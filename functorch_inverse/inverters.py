@@ -179,7 +179,10 @@ class Chandrupatla:
         if status == UNDEFINED:
             return "State f's domain by Chandrupatla(lower, upper), or pass an `init` inside it."
         if status == JUMPS:
-            return "No y has f(y) = x there; on_failure='warn' gives the place of the jump."
+            return (
+                "No y has f(y) = x there, and on_failure='warn' gives the place of the jump; if rounding in f is that coarse, "
+                "a larger atol allows for it."
+            )
         return "Raise max_steps, or rtol."
 
 

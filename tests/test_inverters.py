@@ -418,6 +418,8 @@ def test_steep_functions_and_rounding_are_no_jumps():
     x = torch.tensor([0.0, 1e-3], **double)
     y = fi.invert(lambda y: y**3 - 3 * y**2 + 3 * y - 1, event_dim=0)(x, init=3.7)
     torch.testing.assert_close((y - 1) ** 3, x, rtol=1e-9, atol=1e-14)
+    y = fi.invert(lambda y: (y + 1e6) - 1e6, event_dim=0)(torch.tensor([0.3, -7.0], **double))
+    torch.testing.assert_close(y, torch.tensor([0.3, -7.0], **double), rtol=0, atol=2e6 * EPS)
     noise = fi.invert(lambda y: torch.sinh(y) + 0.3 - 0.1 - 0.2, event_dim=0)(x[:1], init=1.0)
     assert noise.abs() < 1e-15
 
