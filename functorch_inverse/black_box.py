@@ -51,8 +51,8 @@ class _Unknown:
     def _refuse(self) -> None:
         raise NoDerivativeError(
             f"`{self.caller}` has no derivative: it calls code that torch cannot see. Say what you know about it: "
-            "custom_inverse (its inverse), custom_jacobian (its Jacobian) or finite_difference (only its values); or detach "
-            "the input."
+            "custom_inverse (its inverse), custom_root (an equation that it solves), custom_fixed_point (a map that leaves its "
+            "result as it is), custom_jacobian (its Jacobian) or finite_difference (only its values); or detach the input."
         )
 
 
