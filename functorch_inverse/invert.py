@@ -40,7 +40,7 @@ class _Values:
     seen: tuple[Tensor, ...] = ()
 
     def __call__(self, x: Tree, *args: Tree, init: Tree = None) -> Tree:
-        _refuse_random(self.f)
+        _refuse_training(self.f)
         target, wanted = target_of(x)
         wanted = _floating(wanted)
         if not wanted:
@@ -112,18 +112,23 @@ class _Guarded:
             ) from error
 
 
+_BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _RANDOM = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU)
 
 
-def _refuse_random(f: Callable[..., Any]) -> None:
-    """What is another function at each call has no inverse: the derivative would belong to another one than the values."""
+def _refuse_training(f: Callable[..., Any]) -> None:
+    """What changes with each call has no inverse: the derivative would belong to another function than the values.
+
+    And the running statistics of batch norm would be those of points that a search has tried.
+    """
     if torch.compiler.is_dynamo_compiling():
         return
     for part in (part for module in Reach.of(f).modules for part in module.modules()):
-        if isinstance(part, _RANDOM) and part.training and getattr(part, "p", 1.0) > 0:
+        random = isinstance(part, _RANDOM) and getattr(part, "p", 1.0) > 0
+        if part.training and (random or isinstance(part, _BATCH_NORM)):
             raise StructureError(
-                f"`{_CALLER}`: f runs {part!r} in train mode, so it is another function at each call and has no inverse. "
-                "Call eval() on it, or draw the mask outside of f and hand it over as a further argument."
+                f"`{_CALLER}`: f runs {part!r} in train mode, where it changes with each call and has no inverse. Call eval() "
+                "on it, or hand over what changes, such as a mask, as a further argument of f."
             )
 
 
@@ -221,7 +226,7 @@ def invert(
     Raises:
         NotConvergedError: some samples were not solved; names them, how far they are, and what to try.
         BracketError: the same, where f(y) - x does not change its sign inside the bounds of Chandrupatla.
-        StructureError: structures or sizes do not match, init is needed, or f runs dropout in train mode.
+        StructureError: structures or sizes do not match, init is needed, or f runs dropout or batch norm in train mode.
         SingularJacobianError, NoDerivativeError: as for `custom_inverse`, when a derivative is taken.
 
     Under torch.compile a fixed number of steps is unrolled (see the inverters), and samples that have not converged

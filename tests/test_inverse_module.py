@@ -172,6 +172,18 @@ def test_dropout_has_no_inverse():
     assert_close(never(x), module[0].exact(x))
 
 
+def test_batch_norm_keeps_its_statistics():
+    norm, x = nn.BatchNorm1d(3, **double), torch.randn(5, 3, **double)
+    inverse = fi.InverseModule(nn.Sequential(Affine(), norm), event_dim=1)
+    with pytest.raises(fi.StructureError, match=r"BatchNorm1d.* in train mode.* Call eval"):
+        inverse(x)
+    assert norm.num_batches_tracked == 0
+    norm.running_mean += 0.3
+    inverse.eval()
+    exact = inverse.module[0].exact(x * (1 + norm.eps) ** 0.5 + 0.3)
+    assert_close(inverse(x), exact)
+
+
 def test_what_is_no_module():
     with pytest.raises(TypeError, match=r"use invert\(\) for a function"):
         fi.InverseModule(torch.sin)
