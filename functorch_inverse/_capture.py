@@ -166,6 +166,11 @@ def _unswapped(modules: Sequence[Any]) -> AbstractContextManager[Any]:
 @contextmanager
 def _swapped(slots: Sequence[Slots], values: Sequence[Tensor]) -> Iterator[None]:
     """Other values in the places of parameters and buffers, also where the module's own forward is running."""
+    if not all(isinstance(space, dict) for places in slots for space, _ in places):
+        raise NoDerivativeError(
+            "f reaches a module of torch.jit.script, whose parameters cannot be given other values. Use the module that it was "
+            "made from."
+        )
     with _SWAPPING:
         own = [(space, name, space.get(name)) for places in slots for space, name in places]
         try:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from functorch_inverse._inspect import inspect
+from functorch_inverse._singular import raise_if_singular
 from functorch_inverse._vectors import Layout, real_dtype
 from functorch_inverse.errors import ResidualError
 
@@ -48,8 +49,8 @@ def check_root(caller: str, check: bool | float, step: Tensors, y: Tensors, dims
         eps = torch.finfo(_torch_real(y)).eps
         tolerance = eps**0.5 if check is True else float(check)
         error, size = (_largest(_pack(t, dims, batch)) for t in (step, y))
-        # nan in y is no mistake of the residual; nan from finite numbers is.
-        error = torch.where(size.isfinite(), error.nan_to_num(nan=torch.inf), 0)
+        inspect(raise_if_singular, ~error.isfinite() & size.isfinite())
+        error = torch.where(size.isfinite(), error, 0)  # nan in y is no mistake of the residual
         allowed = tolerance * size.nan_to_num(nan=0.0) + 16 * eps * torch.where(size == 0, 1, size).nan_to_num(nan=0.0)
         inspect(partial(_compare, _ROOT.format(caller=caller), tolerance), error, allowed)
 

@@ -54,5 +54,5 @@ def _refuse(width: Width, bad: Tensor) -> None:
         raise StructureError(
             f"Banded: the Jacobian has entries outside of {width.lower} diagonals below and {width.upper} above the main "
             f"one in {named(bad)}. Widen Banded(lower, upper), put y and the residual into an order in which neighbours are "
-            "close, or use GMRES()."
+            "close, or use GMRES(). (A complex number counts as two neighbours.)"
         )

@@ -109,6 +109,11 @@ class Krylov:
             NotConvergedError: names the flat indices of the systems that missed their tolerance (unless "warn").
             StructureError: a map or a preconditioner does not fit b, or A is not what the method needs.
         """
+        if not (_torch.is_legacy_batched(b) or _torch.can_inspect(b)):
+            raise NotImplementedError(
+                f"`{type(self).__name__}`: an iteration looks at values, which a trace (torch.func.linearize, make_fx, export, "
+                "CUDA graph capture) does not have. Use a direct solver such as LU()."
+            )
         if _torch.is_legacy_batched(b):
             raise NotImplementedError(
                 f"`{type(self).__name__}`: autograd's own batching (is_grads_batched=True, vectorize=True) cannot look into an "

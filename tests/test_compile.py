@@ -24,8 +24,8 @@ def traceable(problem):
     return replace(problem, g=g)
 
 
-EVERY_STACK = [ELEMENTWISE, VECTOR, WHOLE, TREE, RESHAPED]
-FEW_STACKS = [MATRIX, HOLOMORPHIC, replace(VECTOR, way="closure"), replace(VECTOR, way="module")]
+EVERY_STACK = [VECTOR, TREE]
+FEW_STACKS = [ELEMENTWISE, WHOLE, RESHAPED, MATRIX, HOLOMORPHIC, replace(VECTOR, way="closure"), replace(VECTOR, way="module")]
 PROBLEMS = {repr(p): traceable(p) for p in (*EVERY_STACK, *FEW_STACKS)}
 
 

@@ -1,6 +1,7 @@
 """custom_root and custom_fixed_point: the catalogue again, as roots of f(y) - x and as fixed points."""
 
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -364,6 +365,21 @@ def test_a_singular_residual_names_its_samples():
     h = fi.custom_root(lambda x: x * torch.tensor([[1.0], [0.0], [1.0]]), lambda y, x: y**2 - x, event_dim=1)
     with bad("1 of 3 samples .*: 1", fi.SingularJacobianError):
         grad(lambda x: h(x).sum())(torch.ones(3, 2))
+
+
+def test_check_at_a_singular_root():
+    h = fi.custom_root(lambda a: 0 * a, lambda y, a: y**2, event_dim=0, check=True)
+    with bad("singular in 2 of 2", fi.SingularJacobianError):
+        h(torch.ones(2))
+
+
+def test_a_scripted_module():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted = torch.jit.script(torch.nn.Linear(3, 3))
+    h = fi.custom_root(lambda x: x, lambda y, x: scripted(y) - x, event_dim=1)
+    with bad("torch.jit.script", fi.NoDerivativeError):
+        h(torch.ones(3)).sum().backward()
 
 
 def test_a_live_keyword():
