@@ -1,5 +1,7 @@
 """Solve f(y) = x for all samples of a batch at once: steps, frozen samples, failures."""
 
+import os
+import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -124,8 +126,17 @@ class Inversion:
         text = describe_failure(self.caller, self.inverter, state)
         if self.inverter.on_failure == "raise":
             raise (BracketError if (state.status == NO_BRACKET).any() else NotConvergedError)(text)
-        warnings.warn(text, RuntimeWarning, stacklevel=2)
+        warnings.warn(text, RuntimeWarning, stacklevel=_outside())
         return state.y
+
+
+def _outside() -> int:
+    """The stacklevel of a warning, for the line that called this package."""
+    own = tuple(os.path.dirname(module.__file__ or "") + os.sep for module in (torch, sys.modules[__package__ or ""]))
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(own):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _usable(tensors: Tensors) -> list[Tensor]:

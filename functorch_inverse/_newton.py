@@ -51,7 +51,7 @@ def arrived(x: Tensor, y: Tensor, residual: Tensor, matrix: Tensor, before: Tens
     size = options.eps**0.25 * y.abs() + options.eps**0.75 * largest(y).unsqueeze(-1)
     y = chosen(done & (direction.abs() <= size).all(-1), trial, y)
     length = torch.ones_like(x[..., :1].sum(-1))
-    floor = _ROUNDING * options.eps * scale
+    floor = _ROUNDING * options.eps * scale + _smallest(y)
     return NewtonState(y, residual, trial, torch.where(done, DONE, status), direction, length, weight, floor)
 
 
@@ -65,7 +65,12 @@ def _done(x: Tensor, error: Tensor, before: Tensor, scale: Tensor, options: Opti
     """Which equations hold."""
     quick = (error <= before / 4) | (error <= 4 * options.eps * scale)
     small = (error <= options.atol + options.rtol * scale) & quick & scale.isfinite()
-    return small | (error <= options.atol + options.rtol * x.abs())
+    return small | (error <= options.atol + options.rtol * x.abs() + _smallest(x))
+
+
+def _smallest(x: Tensor) -> float:
+    """Below, numbers lose their digits: y -> 0 where x is 0 has no other end."""
+    return 16 * torch.finfo(x.dtype).tiny
 
 
 def advanced(
@@ -74,20 +79,24 @@ def advanced(
     """Go to the point that was tried; stay, and try a shorter step the next time, where it is no better."""
     before, after = (torch.linalg.vector_norm(state.weight * r, dim=-1) for r in (state.residual, residual))
     better = after <= (1 - 1e-4 * state.length) * before
-    stay = _shorter(state, after / before, options)
+    stay = _shorter(state, x, after / before, options)
     if _torch.can_inspect(better) and not better.any():
         return stay
     go = arrived(x, state.trial, residual, jacobian(), state.residual, options)
     return NewtonState(*(chosen(better, a, b) for a, b in zip(go, stay, strict=True)))
 
 
-def _shorter(state: NewtonState, ratio: Tensor, options: Options) -> NewtonState:
+def _shorter(state: NewtonState, x: Tensor, ratio: Tensor, options: Options) -> NewtonState:
     """The minimum of the parabola through |r|^2 at 0, its slope there and its value at t, within [t / 10, t / 2]."""
     t = state.length
     best = (t**2 / (ratio**2 - 1 + 2 * t)).nan_to_num(nan=0.0)
     length = torch.minimum(torch.maximum(best, 0.1 * t), 0.5 * t)
-    # A residual of this size is all rounding: no step makes it smaller. Elsewhere a shorter one may.
-    exhausted = (state.residual.abs() <= state.floor).all(-1)
+    # A residual of this size is all rounding: no step makes it smaller. Elsewhere a shorter one may; where many do not,
+    # and half the digits of x and of y are right, f loses the others inside.
+    rounded = (state.residual.abs() <= state.floor).all(-1)
+    half = (state.residual.abs() <= options.eps**0.5 * x.abs()).all(-1)
+    half = half & (largest(state.direction) <= options.eps**0.5 * largest(state.y))
+    exhausted = rounded | (half & (length < 0.01))
     status = torch.where(exhausted, DONE, torch.where(length < options.eps**0.75, STUCK, state.status))
     return state._replace(trial=state.y - length.unsqueeze(-1) * state.direction, length=length, status=status)
 

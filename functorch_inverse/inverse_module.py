@@ -20,8 +20,11 @@ class InverseModule(nn.Module):
 
     Training it trains the parameters of `module`, which are its own: in its state_dict their names start with
     "module.", as in DistributedDataParallel. An InverseModule of an InverseModule runs the inner module itself,
-    where no inverter or linear_solver is asked for. The search runs `module` many times: modules that change with
-    each run (dropout, batch norm and spectral norm in train mode) have no inverse; call eval() on them.
+    where no inverter or linear_solver is asked for.
+
+    The search runs `module` many times, so what changes with each run has no inverse: dropout and batch norm are
+    refused in train mode, call eval() on them. Under torch.func.functional_call a module must not stand beside its
+    inverse: torch swaps twice what is registered twice.
 
     Args:
         module: maps y, and further arguments, to x; one to one.

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from functorch_inverse import _torch
 from functorch_inverse._call import merge, solve
@@ -13,6 +13,7 @@ from functorch_inverse._capture import Captured, watch
 from functorch_inverse._evidence import Evidence
 from functorch_inverse._inverse import InverseProblem, Pick, target_of
 from functorch_inverse._iterate import Inversion, Inverter
+from functorch_inverse._reach import Reach
 from functorch_inverse._solvers import SolverLike, as_solver
 from functorch_inverse._tree import Partition, Tree, event_dims, is_differentiable
 from functorch_inverse._vectors import Layout, real_dtype, same_precision
@@ -39,6 +40,7 @@ class _Values:
     seen: tuple[Tensor, ...] = ()
 
     def __call__(self, x: Tree, *args: Tree, init: Tree = None) -> Tree:
+        _refuse_training(self.f)
         target, wanted = target_of(x)
         wanted = _floating(wanted)
         if not wanted:
@@ -108,6 +110,26 @@ class _Guarded:
                 f"`{_CALLER}`: f raised {type(error).__name__} ({error}) at y of the structure and shapes of x, where the "
                 "search starts without init. If y looks different, pass init=, values of its structure and shapes."
             ) from error
+
+
+_BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_RANDOM = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU)
+
+
+def _refuse_training(f: Callable[..., Any]) -> None:
+    """What changes with each call has no inverse: the derivative would belong to another function than the values.
+
+    And the running statistics of batch norm would be those of points that a search has tried.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return
+    for part in (part for module in Reach.of(f).modules for part in module.modules()):
+        random = isinstance(part, _RANDOM) and getattr(part, "p", 1.0) > 0
+        if part.training and (random or isinstance(part, _BATCH_NORM)):
+            raise StructureError(
+                f"`{_CALLER}`: f runs {part!r} in train mode, where it changes with each call and has no inverse. Call eval() "
+                "on it, or hand over what changes, such as a mask, as a further argument of f."
+            )
 
 
 def _floating(leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -204,7 +226,7 @@ def invert(
     Raises:
         NotConvergedError: some samples were not solved; names them, how far they are, and what to try.
         BracketError: the same, where f(y) - x does not change its sign inside the bounds of Chandrupatla.
-        StructureError: structures or sizes do not match, or init is needed.
+        StructureError: structures or sizes do not match, init is needed, or f runs dropout or batch norm in train mode.
         SingularJacobianError, NoDerivativeError: as for `custom_inverse`, when a derivative is taken.
 
     Under torch.compile a fixed number of steps is unrolled (see the inverters), and samples that have not converged

@@ -158,6 +158,32 @@ def test_a_module_that_works_in_place():
         assert torch.equal(x, torch.tensor([-1.0, 2.0, 3.0], **double))
 
 
+def test_dropout_has_no_inverse():
+    """The mask of the values would not be that of the derivative."""
+    module, x = nn.Sequential(Affine(), nn.Dropout(0.5)), torch.randn(5, 3, **double)
+    inverse = fi.InverseModule(module, event_dim=1)
+    for run in (inverse, vmap(inverse), fi.invert(lambda y: module(y), event_dim=1), grad(lambda x: inverse(x).sum())):
+        with pytest.raises(fi.StructureError, match=r"Dropout\(p=0.5.* in train mode.* Call eval"):
+            run(x)
+    inverse.eval()
+    assert_close(inverse(x), module[0].exact(x))
+    assert_close(gradients(inverse, inverse(x)), gradients(module, module[0].exact(x)))
+    never = fi.InverseModule(nn.Sequential(module[0], nn.Dropout(0.0)), event_dim=1).train()
+    assert_close(never(x), module[0].exact(x))
+
+
+def test_batch_norm_keeps_its_statistics():
+    norm, x = nn.BatchNorm1d(3, **double), torch.randn(5, 3, **double)
+    inverse = fi.InverseModule(nn.Sequential(Affine(), norm), event_dim=1)
+    with pytest.raises(fi.StructureError, match=r"BatchNorm1d.* in train mode.* Call eval"):
+        inverse(x)
+    assert norm.num_batches_tracked == 0
+    norm.running_mean += 0.3
+    inverse.eval()
+    exact = inverse.module[0].exact(x * (1 + norm.eps) ** 0.5 + 0.3)
+    assert_close(inverse(x), exact)
+
+
 def test_what_is_no_module():
     with pytest.raises(TypeError, match=r"use invert\(\) for a function"):
         fi.InverseModule(torch.sin)

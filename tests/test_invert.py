@@ -379,9 +379,11 @@ def test_failures_as_nan_or_warning():
     torch.testing.assert_close(y, torch.tensor([[2.0], [torch.nan]], **double), equal_nan=True)
     torch.testing.assert_close(pull(torch.ones_like(y))[0], torch.tensor([[0.25], [torch.nan]], **double), equal_nan=True)
     g = fi.invert(lambda y: y**2 + 1, event_dim=1, inverter=fi.Newton(on_failure="warn"))
-    with pytest.warns(RuntimeWarning, match=r"\[1\]"):
-        y = g(x, init=torch.ones_like(x))
-    assert y.isfinite().all()
+    for h in (g, lambda x, init: vmap(lambda x, i: g(x, init=i))(x, init)):
+        with pytest.warns(RuntimeWarning, match=r"\[1\]") as caught:
+            y = h(x, init=torch.ones_like(x))
+        assert y.isfinite().all()
+        assert caught[0].filename == __file__
 
 
 def test_bad_arguments():

@@ -224,6 +224,16 @@ def test_newton_in_float32_does_not_take_failure_for_success():
         fi.invert(torch.exp, event_dim=0, inverter=fi.Newton())(torch.tensor([100.0, 2.0]))
 
 
+def test_newton_at_zero_and_where_f_loses_digits():
+    """x = 0 gives residuals no scale; a sum with a large number leaves f only some digits."""
+    w, y0 = torch.eye(4, **double) + 0.2 * torch.randn(4, 4, **double), torch.randn(4, **double)
+    y = fi.invert(lambda y: torch.sinh(y @ w), event_dim=1)(torch.zeros(4, **double), init=y0)
+    assert y.abs().max() < 1e-300
+    x = torch.tensor([0.3, -7.0], **double)
+    y = fi.invert(lambda y: (y + 1e4) - 1e4 + y, event_dim=1)(x)
+    torch.testing.assert_close(y, x / 2, rtol=0, atol=2e4 * EPS)
+
+
 def test_newton_beside_a_pole():
     """|A||y| is huge there, but f is not linear over what that allows."""
     y = fi.invert(lambda y: 1 / (y - 1), event_dim=1)(torch.tensor([5.0], **double), init=torch.tensor([1 + 1e-13], **double))
