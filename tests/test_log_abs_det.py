@@ -275,6 +275,12 @@ def test_bad_input(function, options, error, text):
         fi.log_abs_det_jacobian(function, YS, **options)
 
 
+def test_y_without_tensors():
+    for nothing in (3, None, [], torch.ones(3, dtype=torch.long)):
+        with pytest.raises(fi.StructureError, match="without a floating tensor"):
+            fi.log_abs_det_jacobian(torch.sin, nothing)
+
+
 def test_a_planted_error_is_caught():
     with pytest.raises(AssertionError):
         assert_close([fi.log_abs_det_jacobian(lambda y: f(y, C) + 0.1 * y, YS)], exact(YS, C))
