@@ -118,7 +118,7 @@ def log_abs_det_jacobian(
     solver = as_solver(caller, linear_solver)
     partition, leaves = Partition.of(y, is_differentiable)
     if not leaves:
-        raise StructureError(f"`{caller}`: y is {y!r}, without a floating tensor in it. Pass a tensor, or a pytree with tensors.")
+        raise StructureError(f"`{caller}`: y is {y!r}, without a floating tensor in it. Pass a tensor, or a pytree of those.")
     dims = event_dims(event_dim, partition, leaves, caller, "event_dim")
     spec: list[Any] = []
 
