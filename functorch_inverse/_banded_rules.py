@@ -11,8 +11,7 @@ from functorch_inverse import _lapack, _torch
 from functorch_inverse._bands import Width, outer, product, transposed
 from functorch_inverse._preconditioner import probes
 from functorch_inverse._reduction import reduced_log_abs_det, reduced_solve
-from functorch_inverse._systems import named
-from functorch_inverse.errors import SingularJacobianError
+from functorch_inverse._singular import raise_if_singular
 
 __all__ = ["LogAbsDet", "Solve", "factorise"]
 
@@ -38,7 +37,7 @@ class _Factorise(Function):
         lu, pivots = _factorised(safe, width)
         singular = ~(dominant | bad) & _singular(safe, lu, pivots, width)
         if visible and on_singular == "raise":
-            _raise_if_any(singular)
+            raise_if_singular(singular, "Banded(lower, upper, on_singular='nan')")
         if not visible or singular.any():
             lu, pivots = _factorised(_without(safe, singular, width), width)
         return lu, pivots, _taint(bad | singular, bands)
@@ -129,17 +128,6 @@ def _hidden(sizes: Tensor, columns: Tensor, patterns: tuple[Tensor, ...], lu: Te
 def _reciprocal(sizes: Tensor) -> Tensor:
     """Finite, and as one row."""
     return sizes.clamp(min=4 * torch.finfo(sizes.dtype).tiny).reciprocal().unsqueeze(-2)
-
-
-def _raise_if_any(singular: Tensor) -> None:
-    which = singular.flatten().nonzero().flatten()
-    if which.numel():
-        raise SingularJacobianError(
-            f"the banded matrix is singular in {len(which)} of {singular.numel()} samples (flat indices over all batch dims, "
-            f"vmapped ones outermost: {named(which)}), so A u = b has no single solution there. Likely causes: a row or column "
-            "of zeros, a boundary condition that is missing, bands that are shifted (bands[..., upper + i - j, j] = A[i, j]). "
-            "Pass on_singular='nan' to get nan for these samples and right results for the others."
-        )
 
 
 # Right-hand sides and solutions are rows here, so that all loops run along n. As columns:

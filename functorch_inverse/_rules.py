@@ -81,7 +81,7 @@ class ImplicitRule:
         """The same rule where y, and some of theta, carry one more leading dim."""
         return replace(self, equation=self.equation.batched(theta_is_batched, randomness))
 
-    def vjp(self, y: Tensors, theta: Tensors, x: Layout, wanted: Sequence[int]) -> "Pull":
+    def vjp(self, y: Tensors, theta: Tensors, x: Layout, wanted: Sequence[int]) -> Pull:
         """The map from cotangents v of y to what x and the wanted theta receive.
 
         x's part has the batch shape of y and the layout `x`.
@@ -111,13 +111,13 @@ class ImplicitRule:
             dy = self._solve(A, self._factors(A), rhs, transpose=False)
             return tuple(d.to(t.dtype) for d, t in zip(dy, y, strict=True))
 
-    # With r = f(y, theta) - x, one Newton step y - A^-1 (r - r.detach()) leaves the value of y as it is and
-    # makes its derivatives right up to order 2k + 1 where they were right up to order k.
     def reads_more(self, y: Tensors, theta: Tensors) -> bool:
         """Whether f has a derivative to something else than y and theta; while Dynamo traces, at no cost."""
         outputs = self.equation.f([t.detach() for t in y], [t.detach() for t in theta])
         return any(t.requires_grad for t in outputs)
 
+    # With r = f(y, theta) - x, one Newton step y - A^-1 (r - r.detach()) leaves the value of y as it is and
+    # makes its derivatives right up to order 2k + 1 where they were right up to order k.
     def reattach(self, y: Tensors, x: Tensors, theta: Tensors, order: int) -> tuple[Tensor, ...]:
         """y by as many Newton steps as the order asks for."""
         right = 0

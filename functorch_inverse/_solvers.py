@@ -49,25 +49,23 @@ class _Iteration:
         else:
             krylov, transpose = replace(self.krylov, preconditioner=system.near), False
         found = krylov.run(system.mv, b, transposed=system.rmv, transpose=transpose).value
-        if not system.transpose:
-            _probe(krylov, system, b)
+        # The part of p outside of the range of A is some 1 / sqrt(n) of it.
+        loose = replace(krylov, rtol=0.03 / max(b.shape[-1], 1) ** 0.5, atol=0.0, warm_start=False)
+        _probe(system, b, lambda p: loose.run(system.mv, p, transposed=system.rmv))
         return found
 
 
 # A tangent b = -B dtheta lies in the range of A by its making, also where A is singular and A u = b has many solutions;
 # a vector of no such origin does not. (A cotangent in the range of A^T asks for nothing that is ambiguous.)
-def _probe(krylov: Krylov, system: System, b: Tensor) -> None:
+def _probe(system: System, b: Tensor, solve: Callable[[Tensor], Any]) -> None:
     """An error where A u = p cannot be solved for a p that nobody made with A."""
     columns = b.ndim - system.sample_dims
-    sample = b[(0,) * columns] if columns else b
-    if not sample.numel() or not b.shape[:columns].numel():
+    if system.transpose or not b.numel():
         return
-    n = b.shape[-1]
-    p = torch.cos(torch.arange(n, dtype=b.dtype, device=b.device) ** 2 + 0.3).expand_as(sample)
-    # The part of p outside of the range of A is some 1 / sqrt(n) of it.
-    loose = replace(krylov, rtol=0.03 / n**0.5, atol=0.0, warm_start=False)
+    sample = b[(0,) * columns] if columns else b
+    p = torch.cos(torch.arange(b.shape[-1], dtype=b.dtype, device=b.device) ** 2 + 0.3).expand_as(sample)
     try:
-        loose.run(system.mv, p, transposed=system.rmv, transpose=system.near is None and system.transpose)
+        solve(p)
     except NotConvergedError as error:
         raise NotConvergedError(
             f"A u = b was solved, but A u = p for an arbitrary p was not: the Jacobian is singular, so that u is one of many "
@@ -82,6 +80,11 @@ class _Callable:
     function: Callable[[MatVec, Tensor], Tensor]
 
     def values(self, system: System, b: Tensor) -> Tensor:
+        u = self._solved(system, b)
+        _probe(system, b, lambda p: self._solved(system, p))
+        return u
+
+    def _solved(self, system: System, b: Tensor) -> Tensor:
         u = self.function(system.mv, b)
         if not isinstance(u, Tensor) or u.shape != b.shape or u.dtype != b.dtype:
             arrived = f"{u.dtype} of shape {tuple(u.shape)}" if isinstance(u, Tensor) else type(u).__name__

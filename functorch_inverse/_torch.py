@@ -58,7 +58,6 @@ __all__ = [
     "at_current_level",
     "can_inspect",
     "derivative_order",
-    "derivatives_possible",
     "dual_level_open",
     "fake_mode",
     "forward_levels",
@@ -109,12 +108,12 @@ def dual_level_open() -> bool:
 
 def plain() -> bool:
     """Whether nobody differentiates or transforms what is computed now."""
-    return not (transforms_active() or torch.is_grad_enabled() or forward_ad._current_level >= 0)
+    return not (transforms_active() or torch.is_grad_enabled() or dual_level_open())
 
 
 def recording() -> bool:
     """Whether plain autograd, and nothing else, differentiates what is computed now."""
-    return torch.is_grad_enabled() and not (transforms_active() or forward_ad._current_level >= 0)
+    return torch.is_grad_enabled() and not (transforms_active() or dual_level_open())
 
 
 def function_mode_active() -> bool:
@@ -133,11 +132,6 @@ def at_current_level(tensor: Tensor) -> Tensor:
 def level(tensor: Tensor) -> int:
     """The transform that wraps a tensor, counted from the outermost; -1 for a plain one."""
     return _functorch.maybe_get_level(tensor) if is_wrapped(tensor) else -1
-
-
-def derivatives_possible() -> bool:
-    """Whether anything computed now could be differentiated later, or be seen by a transform."""
-    return transforms_active() or torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
 def _tracked(tensor: Tensor) -> bool:
@@ -212,7 +206,7 @@ def traced_transforms() -> int:
 
 
 def traced_derivatives_possible() -> bool:
-    """`derivatives_possible` as Dynamo can tell it."""
+    """The opposite of `plain`, as Dynamo can tell it."""
     return torch.is_grad_enabled() or derivative_order() > 1
 
 

@@ -10,6 +10,7 @@ from functorch_inverse._solvers import SolverLike, as_solver, with_jacobian
 from functorch_inverse._tree import Tree
 from functorch_inverse._values import VmapMethod, check_vmap_method
 from functorch_inverse.custom import check_callables
+from functorch_inverse.linear_solvers import LinearSolver
 
 __all__ = ["CustomRoot", "custom_fixed_point", "custom_root"]
 
@@ -98,20 +99,9 @@ def custom_root(
     """
     caller = "custom_root"
     check_callables(caller, solve=solve, residual=residual)
-    check_vmap_method(caller, vmap_method)
     solver = with_jacobian(caller, linear_solver) if has_jacobian else as_solver(caller, linear_solver)
-    problem = RootProblem(
-        caller=caller,
-        g=WithoutX(solve, caller, has_aux, has_jacobian),
-        evidence=residual,
-        event_dim=event_dim,
-        vmap_method=vmap_method,
-        has_aux=has_aux,
-        check=check,
-        linear_solver=solver,
-        has_jacobian=has_jacobian,
-    )
-    return CustomRoot(problem, solve)
+    shared = {"event_dim": event_dim, "vmap_method": vmap_method, "has_aux": has_aux, "check": check}
+    return _rooted(caller, solve, residual, solver, has_jacobian=has_jacobian, **shared)
 
 
 def custom_fixed_point(
@@ -157,15 +147,22 @@ def custom_fixed_point(
     """
     caller = "custom_fixed_point"
     check_callables(caller, solve=solve, step=step)
-    check_vmap_method(caller, vmap_method)
+    shared = {"event_dim": event_dim, "vmap_method": vmap_method, "has_aux": has_aux, "check": check}
+    return _rooted(caller, solve, StepResidual(step, caller), as_solver(caller, linear_solver), **shared)
+
+
+def _rooted(
+    caller: str,
+    solve: Callable[..., Any],
+    residual: Callable[..., Any],
+    solver: LinearSolver,
+    *,
+    has_jacobian: bool = False,
+    **options: Any,
+) -> CustomRoot:
+    check_vmap_method(caller, options["vmap_method"])
+    g = WithoutX(solve, caller, options["has_aux"], has_jacobian)
     problem = RootProblem(
-        caller=caller,
-        g=WithoutX(solve, caller, has_aux, False),
-        evidence=StepResidual(step, caller),
-        event_dim=event_dim,
-        vmap_method=vmap_method,
-        has_aux=has_aux,
-        check=check,
-        linear_solver=as_solver(caller, linear_solver),
+        caller=caller, g=g, evidence=residual, linear_solver=solver, has_jacobian=has_jacobian, **options
     )
     return CustomRoot(problem, solve)

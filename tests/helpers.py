@@ -39,6 +39,23 @@ def assert_close(got: Any, want: Any, tolerance: float = RELATIVE_ERROR) -> None
         torch.testing.assert_close(a, b, rtol=0, atol=tolerance * scale)
 
 
+def counted() -> tuple[Callable[[Tensor], Tensor], list[int]]:
+    """The identity, and how many backward passes went through it."""
+    passes = [0]
+
+    class Counted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            passes[0] += 1
+            return g
+
+    return Counted.apply, passes
+
+
 def loss(h: Function) -> Callable[..., Tensor]:
     """A nonlinear number made of all outputs, with all derivatives."""
     return lambda *inputs: total(h(*inputs))

@@ -40,6 +40,8 @@ def f(y):
         (fi.StructureError, ValueError),
         (fi.SingularJacobianError, torch.linalg.LinAlgError),
         (fi.NoDerivativeError, RuntimeError),
+        (fi.NotConvergedError, RuntimeError),
+        (fi.BracketError, fi.NotConvergedError),
         (fi.ResidualError, ValueError),
         (fi.DerivativeError, ValueError),
     ],

@@ -11,6 +11,7 @@ from helpers import (
     all_of,
     assert_close,
     assert_close_to_exact,
+    counted,
     every_problem,
     live,
     loss,
@@ -19,7 +20,8 @@ from helpers import (
     tangents,
     total,
 )
-from problems import ELEMENTWISE, PROBLEMS, VECTOR, Draw, vector_exact, vector_f, vector_g
+from problems import ELEMENTWISE, PROBLEMS, VECTOR, Damped, Draw, Minus, vector_exact, vector_f, vector_g
+from test_closures import HIDING_PLACES, OUT_OF_SIGHT, B
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import functorch_inverse as fi
@@ -96,6 +98,7 @@ def test_nested_vmap(problem):
 # --- what is special about roots --------------------------------------------------------------------
 
 X, *THETA = VECTOR.inputs()
+assert torch.equal(THETA[1], B)  # the functions of test_closures have it built in
 SOLVE = fi.custom_root(vector_g, lambda y, x, c, b: vector_f(y, c, b) - x, event_dim=1)
 
 
@@ -112,6 +115,40 @@ def test_no_arguments_but_a_closure():
     solve = fi.custom_root(lambda: vector_g(X, c, THETA[1]), lambda y: vector_f(y, c, THETA[1]) - X, event_dim=1)
     got = torch.autograd.grad(total((solve(),)), c)
     want = torch.autograd.grad(total((vector_exact(X, c, THETA[1]),)), c)
+    assert_close(got, want)
+
+
+def rooted(place, c):
+    f = HIDING_PLACES[place](c)
+    return fi.custom_root(lambda x: vector_g(x, c, THETA[1]), Minus(f), event_dim=1)
+
+
+def fixed(place, c):
+    f = HIDING_PLACES[place](c)
+    return fi.custom_fixed_point(lambda x: vector_g(x, c, THETA[1]), Damped(f), event_dim=1)
+
+
+@pytest.mark.parametrize("place", HIDING_PLACES)
+@pytest.mark.parametrize("make", [rooted, fixed])
+def test_what_a_residual_closes_over(make, place):
+    """Wherever the tensor hides, its derivative is right; an error only where nothing points to it."""
+    truth = lambda place, c: lambda x: vector_exact(x, c, THETA[1])  # noqa: E731
+    number = lambda make: lambda c, x: total((make(place, c)(x),))  # noqa: E731
+
+    def derivatives(make):
+        leaves = c, x = live((THETA[0], X))
+        first = torch.autograd.grad(number(make)(c, x), leaves, create_graph=True)
+        second = torch.autograd.grad(total(first), leaves)
+        functional = hessian(number(make), (0, 1))(THETA[0], X)
+        cs, xs = torch.stack([THETA[0], THETA[0] + 0.1]), torch.stack([X, X - 0.1])
+        return first, second, functional, vmap(grad(number(make), (0, 1)))(cs, xs)
+
+    want = derivatives(truth)
+    try:
+        got = derivatives(make)
+    except fi.NoDerivativeError:
+        assert place in OUT_OF_SIGHT
+        return
     assert_close(got, want)
 
 
@@ -289,19 +326,8 @@ def test_has_jacobian_beside_aux():
 
 def test_has_jacobian_saves_products():
     """A backward takes a few products with A, not one for each of N rows."""
-    calls = [0]
-
-    class Counted(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, y):
-            return y.clone()
-
-        @staticmethod
-        def backward(ctx, g):
-            calls[0] += 1
-            return g
-
-    h = fi.custom_root(newton, lambda y, t: equation(Counted.apply(y), t), has_jacobian=True)
+    through, calls = counted()
+    h = fi.custom_root(newton, lambda y, t: equation(through(y), t), has_jacobian=True)
     t = T.clone().requires_grad_()
     h(t).sum().backward()
     assert 1 <= calls[0] <= 5
