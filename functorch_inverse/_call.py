@@ -1,5 +1,6 @@
 """One call of a black box: its values first, then the derivative that the evidence gives them."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,6 +11,7 @@ from torch import Tensor
 from functorch_inverse import _torch
 from functorch_inverse._batching import evaluate
 from functorch_inverse._capture import Captured, standing_for, watch
+from functorch_inverse._reach import Sight
 from functorch_inverse._rules import poisoned
 from functorch_inverse._tree import Partition, Tree, event_dims, is_differentiable, prefix_values
 from functorch_inverse._values import BlackBox, Loop, Outcome, VmapMethod
@@ -40,6 +42,11 @@ class Problem:
     x_alone: ClassVar[bool] = False
     # Whether y depends on all arguments alike, and there is no x.
     rooted: ClassVar[bool] = False
+
+    @functools.cached_property
+    def sees(self) -> tuple[Sight, Sight]:
+        """What g reaches by itself, and what the evidence does."""
+        return Sight(self.g), Sight(self.evidence)
 
     @property
     def returns_more(self) -> bool:
@@ -107,7 +114,7 @@ def _eager(problem: Problem, given: Given) -> Tree:
     if live(given.kwarg_tensors):
         _refuse_live_keyword(problem.caller)
     problem.refuse_lost(given)
-    captured = Captured.of((problem.evidence,), _wanted(given))
+    captured = Captured.of(problem.sees[1], _wanted(given))
     values = _evaluate(problem, given)
     if not captured.complete and problem.probes:
         captured = captured.including(_watched(problem, given, values, captured))
@@ -205,7 +212,7 @@ def merge(first: Sequence[bool], yes: Tensors, no: Tensors) -> list[Tensor]:
 
 def _evaluate(problem: Problem, given: Given) -> Values:
     tracing = torch.compiler.is_dynamo_compiling()
-    captured = Captured() if tracing else Captured.of((problem.g,))
+    captured = Captured() if tracing else Captured.of(problem.sees[0])
     part, x = Partition.of(given.x.join(given.x_tensors), is_differentiable)
     event_dim = None if problem.rooted else problem.event_dim
     dims = event_dims(event_dim, part, x, problem.caller, "event_dim")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from functorch_inverse import _torch
-from functorch_inverse._reach import Reach, Slots, slots_of
+from functorch_inverse._reach import Reach, Sight, Slots, slots_of
 from functorch_inverse.errors import NoDerivativeError
 
 __all__ = ["Captured", "standing_for", "watch"]
@@ -53,24 +53,24 @@ class Captured:
     """Tensors that functions read by themselves, as parameters that can be given other values.
 
     Parameters and buffers are known by their place in a module, because their value changes under
-    functional_call; other tensors by identity. `reached` is everything that was there, with the
+    functional_call; other tensors by identity. `reach` is everything that was there, with the
     versions of the tensors, to notice later what was exchanged or changed in place.
     """
 
-    functions: tuple[Any, ...] = ()
+    sight: Sight | None = None
     slots: tuple[Slots, ...] = ()
     loose: tuple[Tensor, ...] = ()
-    reached: tuple[tuple[Any, int], ...] = ()
-    complete: bool = True
+    reach: Reach | None = None
+    versions: tuple[int, ...] = ()
     # The present values, in the order in which `running` takes them.
     tensors: tuple[Tensor, ...] = ()
 
     @classmethod
-    def of(cls, functions: Sequence[Any], wanted: Callable[[Tensor], bool] = _torch.is_open) -> "Captured":
+    def of(cls, sight: Sight, wanted: Callable[[Tensor], bool] = _torch.is_open) -> "Captured":
         """The wanted tensors that some functions reach."""
-        reach = Reach.of(*functions)
+        reach = sight.reach()
         if not (reach.modules or reach.tensors):
-            return cls(tuple(functions), complete=reach.complete)
+            return cls(sight, reach=reach)
         with _unswapped(reach.modules):
             held = slots_of(reach.modules)
         known = {id(t) for t, _ in held}
@@ -81,12 +81,14 @@ class Captured:
             return id(tensor) not in known and (meant is not tensor or wanted(meant))
 
         loose = tuple(t for t in reach.tensors if explicit(t))
+        if loose:
+            sight.forget()
         return cls(
-            functions=tuple(functions),
+            sight=sight,
             slots=tuple(slots for _, slots in state),
             loose=loose,
-            reached=tuple((found, _version(found)) for found in (*reach.modules, *reach.tensors)),
-            complete=reach.complete,
+            reach=reach,
+            versions=tuple(map(_version, reach.tensors)),
             tensors=(*(t for t, _ in state), *map(standing_for, loose)),
         )
 
@@ -95,6 +97,11 @@ class Captured:
         known = {id(t) for t in (*self.tensors, *self.loose)}
         new = tuple(t for t in tensors if id(t) not in known)
         return replace(self, loose=(*self.loose, *new), tensors=(*self.tensors, *map(standing_for, new)))
+
+    @property
+    def complete(self) -> bool:
+        """Whether the walk saw everything."""
+        return self.reach is None or self.reach.complete
 
     @property
     def count(self) -> int:
@@ -123,26 +130,30 @@ class Captured:
 
     def verify(self) -> None:
         """NoDerivativeError where the functions read something else than when this was captured."""
-        if not self.functions or torch.compiler.is_dynamo_compiling():
+        if self.sight is None or self.reach is None or torch.compiler.is_dynamo_compiling():
             return
-        reach = Reach.of(*self.functions)
-        if not (self.reached or reach.modules or reach.tensors):
-            return
-        before, now = {id(found) for found, _ in self.reached}, {id(t): t for t in (*reach.modules, *reach.tensors)}
-        new = [found for key, found in now.items() if key not in before]
-        lost = new and not before <= now.keys()
-        if lost or any(isinstance(t, Tensor) and _torch.is_open(standing_for(t)) for t in new):
-            _refuse_exchanged("exchanged")
+        reach = self.sight.reach()
+        if reach is not self.reach:
+            _compare(self.reach, reach)
+        if self.loose:
+            self.sight.forget()
         captured = {id(t) for t in self.loose}
-        if any(_version(found) != version for found, version in self.reached if id(found) not in captured):
+        versions = zip(self.reach.tensors, self.versions, strict=True)
+        if any(_version(t) != version for t, version in versions if id(t) not in captured):
             _refuse_exchanged("changed in place")
 
+def _compare(then: Reach, now: Reach) -> None:
+    """NoDerivativeError where a derivative would be lost between two walks."""
+    before, after = ({id(t): t for t in (*reach.modules, *reach.tensors)} for reach in (then, now))
+    new = [found for key, found in after.items() if key not in before]
+    lost = new and not before.keys() <= after.keys()
+    if lost or any(isinstance(t, Tensor) and _torch.is_open(standing_for(t)) for t in new):
+        _refuse_exchanged("exchanged")
 
-def _version(found: Any) -> int:
+
+def _version(tensor: Tensor) -> int:
     """How often a tensor was changed in place, where torch counts it."""
-    if not isinstance(found, Tensor) or found.is_inference() or _torch.is_wrapped(found):
-        return 0
-    return found._version
+    return 0 if tensor.is_inference() or _torch.is_wrapped(tensor) else tensor._version
 
 
 def _refuse_exchanged(what: str) -> None:

@@ -26,6 +26,7 @@ from functorch_inverse._call import Given, Problem, Values, live
 from functorch_inverse._capture import Captured
 from functorch_inverse._pullback import Function, Tensors
 from functorch_inverse._quadrature import gauss_legendre
+from functorch_inverse._reach import Sight
 from functorch_inverse._rules import Optional, Pull, move, poisoned, widen
 from functorch_inverse._tree import Partition, Tree, event_dims, flatten, is_differentiable
 from functorch_inverse._vectors import Layout, batch_shape, lead
@@ -89,7 +90,7 @@ class JacobianProblem(Problem):
 
     def refuse_lost(self, given: Given) -> None:
         """Only x has a known derivative."""
-        closures = Captured.of((self.g, self.evidence)).tensors
+        closures = Captured.of(Sight(self.g, self.evidence)).tensors
         for tensors, where in ((given.arg_tensors, "an argument outside `argnums`"), (closures, "what fn closes over")):
             if live(tensors):
                 self._refuse(where)

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Reach", "Slots", "slots_of"]
+__all__ = ["Reach", "Sight", "Slots", "slots_of"]
 
 _ATOMS = frozenset({
     type(None), bool, int, float, complex, str, bytes, bytearray, range, type(...), type(NotImplemented),
@@ -54,13 +54,17 @@ def slots_of(modules: Iterable[nn.Module]) -> list[tuple[Tensor, Slots]]:
     return list(found.values())
 
 
-@dataclass
+@dataclass(eq=False)
 class Reach:
-    """The modules and loose tensors that functions reach, and whether the walk saw everything."""
+    """The modules and loose tensors that functions reach, and whether the walk saw everything.
+
+    `trail` tells whether another walk would see the same; None where only another walk can tell.
+    """
 
     modules: list[nn.Module] = field(default_factory=list)
     tensors: list[Tensor] = field(default_factory=list)
     complete: bool = True
+    trail: "_Trail | None" = None
 
     @classmethod
     def of(cls, *functions: Any) -> "Reach":
@@ -69,14 +73,67 @@ class Reach:
         seen: dict[int, Any] = {}  # keeps what it holds alive, so that ids stay unique
         queue, walk = list(functions), _Walk(reach)
         for found in queue:  # grows while it is walked
-            if type(found) in _ATOMS or id(found) in seen or (type(found) in _CONTAINERS and not found):
+            if type(found) in _ATOMS or id(found) in seen:
                 continue
             seen[id(found)] = found
             if len(seen) > _BUDGET:
                 reach.complete = False
                 break
             queue.extend(walk.inside(found))
+        reach.trail = walk.end()
         return reach
+
+
+class Sight:
+    """What some functions reach, walked again only where something may have changed."""
+
+    def __init__(self, *functions: Any) -> None:
+        self.functions = functions
+        self._last: Reach | None = None
+
+    def __reduce__(self) -> Any:
+        return Sight, self.functions
+
+    def reach(self) -> Reach:
+        """The same object as long as nothing was exchanged."""
+        last = self._last
+        if last is None or last.trail is None or not last.trail.holds():
+            self._last = last = Reach.of(*self.functions)
+        return last
+
+    def forget(self) -> None:
+        """Keep nothing of the user's alive."""
+        self._last = None
+
+
+_ABSENT = object()
+
+
+@dataclass(eq=False)
+class _Trail:
+    """Where a walk looked and what it found there; it met nothing else that can change."""
+
+    functions: list[tuple[types.FunctionType, types.CodeType, Any]] = field(default_factory=list)
+    cells: list[tuple[types.CellType, Any]] = field(default_factory=list)
+    places: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
+    tensors: list[Tensor] = field(default_factory=list)
+
+    def holds(self) -> bool:
+        """Whether everything is where it was."""
+        for fn, code, defaults in self.functions:
+            if fn.__code__ is not code or fn.__defaults__ is not defaults or fn.__kwdefaults__ or fn.__dict__:
+                return False
+        for cell, found in self.cells:
+            if _content(cell) is not found:
+                return False
+        for space, name, found in self.places:
+            if space.get(name, _ABSENT) is not found:
+                return False
+        return not any([t.__dict__ for t in self.tensors])
+
+    def note(self, space: dict[str, Any], names: Iterable[str]) -> None:
+        """Names that were looked up, whether they were there or not."""
+        self.places += [(space, name, space.get(name, _ABSENT)) for name in names]
 
 
 class _Walk:
@@ -86,6 +143,15 @@ class _Walk:
         self.reach = reach
         self.names: set[str] = set()
         self.spaces: list[types.ModuleType] = []
+        self.trail: _Trail | None = _Trail()
+
+    def end(self) -> _Trail | None:
+        """The trail of the whole walk."""
+        if self.trail is None or not self.reach.complete:
+            return None
+        for space in self.spaces:
+            self.trail.note(vars(space), self.names)
+        return self.trail
 
     def inside(self, found: Any) -> Iterable[Any]:
         """What an object refers to."""
@@ -93,20 +159,43 @@ class _Walk:
             return self._function(found)
         if isinstance(found, types.BuiltinFunctionType):
             return [found.__self__]
-        if isinstance(found, types.ModuleType):
-            return self._namespace(found)
+        if type(found) is tuple:
+            return found
         if isinstance(found, Tensor):
             self.reach.tensors.append(found)
-            return list(vars(found).values())
+            return self._tensor(found)
+        if isinstance(found, type) and _library_class(found):
+            return ()
+        if isinstance(found, types.ModuleType):
+            return self._namespace(found)
+        # What is met from here on may change and leave no trace.
+        self.trail = None
+        if isinstance(found, Sight):
+            return found.functions
+        if type(found) in _CONTAINERS and not found:
+            return ()
         if isinstance(found, nn.Module):
             self.reach.modules.append(found)
             return _parts_of(found)
         if isinstance(found, type):
-            return () if _library_class(found) else list(_class(found))
+            return list(_class(found))
         return self._object(found)
+
+    def _tensor(self, tensor: Tensor) -> list[Any]:
+        attributes = list(vars(tensor).values())
+        if attributes:
+            self.trail = None
+        if self.trail is not None:
+            self.trail.tensors.append(tensor)
+        return attributes
 
     def _function(self, fn: types.FunctionType) -> list[Any]:
         parts = [_content(cell) for cell in fn.__closure__ or ()]
+        if fn.__kwdefaults__ or fn.__dict__:
+            self.trail = None
+        if self.trail is not None:
+            self.trail.functions.append((fn, fn.__code__, fn.__defaults__))
+            self.trail.cells += zip(fn.__closure__ or (), parts, strict=True)
         parts += [part for part in (fn.__defaults__, fn.__kwdefaults__, fn.__dict__) if part]
         space, modules = fn.__globals__, sys.modules
         if _in_library(space.get("__name__")):
@@ -114,6 +203,9 @@ class _Walk:
         names = _names(fn.__code__)
         if not names.isdisjoint(_DYNAMIC):
             self.reach.complete = False
+        if self.trail is not None:
+            self.trail.note(space, names)
+            self.trail.note(modules, names)
         parts += [space[name] for name in names if name in space]
         parts += [modules[name] for name in names if name in modules]
         if not names <= self.names:
@@ -188,8 +280,8 @@ def _library_class(cls: Any) -> bool:
     return found is cls or not cls.__flags__ & (1 << 9)  # Py_TPFLAGS_HEAPTYPE
 
 
-def _in_library(name: str | None) -> bool:
-    return (name or "").partition(".")[0] in _LIBRARIES
+def _in_library(name: Any) -> bool:
+    return isinstance(name, str) and name.partition(".")[0] in _LIBRARIES
 
 
 @functools.lru_cache(maxsize=4096)

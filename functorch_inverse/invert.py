@@ -13,7 +13,7 @@ from functorch_inverse._capture import Captured, watch
 from functorch_inverse._evidence import Evidence
 from functorch_inverse._inverse import InverseProblem, Pick, target_of
 from functorch_inverse._iterate import Inversion, Inverter
-from functorch_inverse._reach import Reach
+from functorch_inverse._reach import Reach, Sight
 from functorch_inverse._solvers import SolverLike, as_solver
 from functorch_inverse._tree import Partition, Tree, event_dims, is_differentiable
 from functorch_inverse._vectors import Layout, real_dtype, same_precision
@@ -83,8 +83,8 @@ class _Values:
         half = any(real_dtype(t.dtype) in _HALF for t in x)
         if tracing or not (_torch.transforms_active() or half or torch.is_inference_mode_enabled()):
             return Captured()
-        captured = Captured.of((self.f, self.seen), lambda t: _torch.is_open(t) or t.is_inference() or t.dtype in _HALF)
-        return replace(captured, functions=())  # nothing is exchanged while this runs
+        captured = Captured.of(Sight(self.f, self.seen), lambda t: _torch.is_open(t) or t.is_inference() or t.dtype in _HALF)
+        return replace(captured, sight=None)  # nothing is exchanged while this runs
 
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -167,7 +167,7 @@ class Inverted:
 
     def _seeing(self, x: Tree, args: tuple[Tree, ...], init: Tree) -> InverseProblem:
         """The problem, with the tensors that f reads where no walk finds them."""
-        if torch.compiler.is_dynamo_compiling() or Captured.of((self.problem.g,)).complete:
+        if torch.compiler.is_dynamo_compiling() or Sight(self.problem.g).reach().complete:
             return self.problem
         start, f = x if init is None else init, self.problem.evidence
         seen = watch(lambda: f(start, *args), Partition.of((start, args))[1])
