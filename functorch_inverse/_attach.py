@@ -15,9 +15,9 @@ from torch.overrides import handle_torch_function
 from functorch_inverse import _torch
 from functorch_inverse._pullback import Tensors
 from functorch_inverse._rules import Rule
-from functorch_inverse._vectors import Layout
+from functorch_inverse._vectors import Like
 
-__all__ = ["attach"]
+__all__ = ["attach", "attach_plainly"]
 
 
 def attach(rule: Rule, y: Tensors, x: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
@@ -29,6 +29,11 @@ def attach(rule: Rule, y: Tensors, x: Tensors, theta: Tensors) -> tuple[Tensor, 
     if _torch.function_mode_active():
         return handle_torch_function(_apply, tensors, rule, len(y), len(x), tensors)
     return _apply(rule, len(y), len(x), tensors)
+
+
+def attach_plainly(rule: Rule, y: Tensor, x: Tensor, theta: Tensors) -> Tensor:
+    """The same for one tensor, where it is known that nothing but plain autograd takes part."""
+    return _Plain.apply(rule, 1, 1, y, x, *theta)[0]
 
 
 def _traced(rule: Rule, y: Tensors, x: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
@@ -55,13 +60,12 @@ class _Once(Function):
     def backward(ctx: Any, *v: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         y, x, theta = saved[: ctx.n_y], saved[ctx.n_y : ctx.n_y + ctx.n_x], saved[ctx.n_y + ctx.n_x :]
-        layout = Layout.of(x, ctx.rule.x_dims)
         with _torch.full_precision(y[0]):
-            u, received = ctx.rule.vjp(y, theta, layout, list(ctx.wanted))(v)
+            u, received = ctx.rule.vjp(y, theta, x, list(ctx.wanted))(v)
         grads: list[Tensor | None] = [None] * len(theta)
         for i, t in zip(ctx.wanted, received, strict=True):
             grads[i] = t
-        own = [t.to(d) for t, d in zip(u, layout.dtypes, strict=True)]
+        own = [t.to(like.dtype) for t, like in zip(u, x, strict=True)]
         return (None, None, None, None, *[None] * ctx.n_y, *own, *grads)
 
 
@@ -81,7 +85,7 @@ class _Attach(Function):
         rule, n_y, n_x, *tensors = inputs
         x, theta = tensors[n_y : n_y + n_x], tensors[n_y + n_x :]
         ctx.rule, ctx.n_y, ctx.n_x, ctx.kept = rule, n_y, n_x, (None, None)
-        ctx.x, ctx.x_shapes = Layout.of(x, rule.x_dims), [t.shape for t in x]
+        ctx.x = tuple([Like(t.shape, t.dtype) for t in x])
         # y is saved as an output: its own dependence on x and theta gives the higher orders.
         ctx.save_for_backward(*output, *theta)
         ctx.save_for_forward(*output, *theta)
@@ -89,23 +93,24 @@ class _Attach(Function):
 
     @staticmethod
     def backward(ctx: Any, *v: Tensor | None) -> tuple[Tensor | None, ...]:
-        nothing: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        needed, first = ctx.needs_input_grad, 3 + ctx.n_y
+        nothing: list[Tensor | None] = [None] * len(needed)
         if all(c is None for c in v):
             return tuple(nothing)
-        saved, first = ctx.saved_tensors, 3 + ctx.n_y
+        saved, after = ctx.saved_tensors, first + ctx.n_x
         y, theta = saved[: ctx.n_y], saved[ctx.n_y :]
-        wanted = [i for i in range(len(theta)) if ctx.needs_input_grad[first + ctx.n_x + i]]
+        wanted = [i for i, flag in enumerate(needed[after:]) if flag]
         plain = _torch.plain()
         with _torch.full_precision(y[0]):
             pull = ctx.kept[1] if plain and ctx.kept[0] == wanted else ctx.rule.vjp(y, theta, ctx.x, wanted)
             u, received = pull(v)
         # The factors serve the next backward of this node, and go with the graph.
         ctx.kept = (wanted, pull) if plain and _torch.graph_is_kept() else (None, None)
-        for i, (t, dtype) in enumerate(zip(u, ctx.x.dtypes, strict=True)):
-            if ctx.needs_input_grad[first + i]:
-                nothing[first + i] = t.to(dtype)
+        for i, (t, like) in enumerate(zip(u, ctx.x, strict=True), first):
+            if needed[i]:
+                nothing[i] = t.to(like.dtype)
         for i, t in zip(wanted, received, strict=True):
-            nothing[first + ctx.n_x + i] = t
+            nothing[after + i] = t
         return tuple(nothing)
 
     @staticmethod
@@ -116,8 +121,8 @@ class _Attach(Function):
             if all(t is None for t in moved):
                 return (None,) * ctx.n_y
             y, theta = saved[: ctx.n_y], saved[ctx.n_y :]
-            sizes = zip(moved, ctx.x_shapes, ctx.x.dtypes, strict=False)
-            dx = [y[0].new_zeros(shape, dtype=dtype) if t is None else t for t, shape, dtype in sizes]
+            sizes = zip(moved, ctx.x, strict=False)
+            dx = [y[0].new_zeros(shape, dtype=dtype) if t is None else t for t, (shape, dtype) in sizes]
             return ctx.rule.jvp(y, theta, dx, moved[ctx.n_x :])
 
     @staticmethod
@@ -137,9 +142,9 @@ class _Plain(Function):
     """The same where no transform is open: without `setup_context` torch calls it in half the time."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output = _Attach.forward(*inputs)
-        _Attach.setup_context(ctx, inputs, output)
+    def forward(ctx: Any, rule: Rule, n_y: int, n_x: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        output = tuple([t.detach() for t in tensors[:n_y]])
+        _Attach.setup_context(ctx, (rule, n_y, n_x, *tensors), output)
         return output
 
     backward, jvp = staticmethod(_Attach.backward), staticmethod(_Attach.jvp)

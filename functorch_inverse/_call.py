@@ -11,8 +11,8 @@ from torch import Tensor
 from functorch_inverse import _torch
 from functorch_inverse._batching import evaluate
 from functorch_inverse._capture import Captured, standing_for, watch
-from functorch_inverse._reach import Sight
 from functorch_inverse._rules import poisoned
+from functorch_inverse._sight import Sight
 from functorch_inverse._tree import Partition, Tree, event_dims, is_differentiable, prefix_values
 from functorch_inverse._values import BlackBox, Loop, Outcome, VmapMethod
 from functorch_inverse.errors import NoDerivativeError

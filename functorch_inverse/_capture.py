@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from functorch_inverse import _torch
-from functorch_inverse._reach import Reach, Sight, Slots, slots_of
+from functorch_inverse._reach import Reach, Slots, slots_of
+from functorch_inverse._sight import Sight
 from functorch_inverse.errors import NoDerivativeError
 
 __all__ = ["Captured", "standing_for", "watch"]
@@ -128,6 +129,12 @@ class Captured:
                 stack.enter_context(_Substitute(self.loose, values[n:], level))
             yield
 
+    @property
+    def unchanged(self) -> bool:
+        """Whether nothing that was reached has been changed in place."""
+        reach = self.reach
+        return reach is None or not reach.tensors or tuple(map(_version, reach.tensors)) == self.versions
+
     def verify(self) -> None:
         """NoDerivativeError where the functions read something else than when this was captured."""
         if self.sight is None or self.reach is None or torch.compiler.is_dynamo_compiling():
@@ -137,6 +144,8 @@ class Captured:
             _compare(self.reach, reach)
         if self.loose:
             self.sight.forget()
+        if not self.versions:
+            return
         captured = {id(t) for t in self.loose}
         versions = zip(self.reach.tensors, self.versions, strict=True)
         if any(_version(t) != version for t, version in versions if id(t) not in captured):

@@ -26,10 +26,10 @@ from functorch_inverse._call import Given, Problem, Values, live
 from functorch_inverse._capture import Captured
 from functorch_inverse._pullback import Function, Tensors
 from functorch_inverse._quadrature import gauss_legendre
-from functorch_inverse._reach import Sight
 from functorch_inverse._rules import Optional, Pull, move, poisoned, widen
+from functorch_inverse._sight import Sight
 from functorch_inverse._tree import Partition, Tree, event_dims, flatten, is_differentiable
-from functorch_inverse._vectors import Layout, batch_shape, lead
+from functorch_inverse._vectors import Layout, Like, batch_shape, lead
 from functorch_inverse.errors import NoDerivativeError, StructureError
 from functorch_inverse.operators import vmapped
 
@@ -53,7 +53,7 @@ class JacobianRule:
         push, pull = (vmapped(f, 0, theta_is_batched, randomness) for f in (self.push, self.pull))
         return replace(self, push=push, pull=pull)
 
-    def vjp(self, y: Tensors, theta: Tensors, x: Layout, wanted: Sequence[int]) -> Pull:
+    def vjp(self, y: Tensors, theta: Tensors, x: Sequence[Like], wanted: Sequence[int]) -> Pull:
         """J^T v; theta receives nothing, since x stands for itself."""
 
         def pull(v: Optional) -> tuple[Tensors, Optional]:

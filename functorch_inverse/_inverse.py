@@ -1,5 +1,6 @@
 """The evidence is an inverse: f(g(x, *args), *args) = x."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from functorch_inverse._capture import Captured
 from functorch_inverse._check import check_residual
 from functorch_inverse._evidence import Evidence
 from functorch_inverse._rules import ImplicitRule
+from functorch_inverse._sight import Kept
 from functorch_inverse._tree import Partition, Tree, event_dims, is_differentiable, is_number
 from functorch_inverse._vectors import Layout, batch_shape, lead
 from functorch_inverse.errors import StructureError
@@ -35,8 +37,28 @@ class InverseProblem(Problem):
         """f at y, since it may be undefined at x."""
         return self.evidence(values.y.join(values.tensors), *given.args.join(given.arg_tensors))
 
+    @functools.cached_property
+    def rules(self) -> Kept:
+        """The rules of direct calls, by the dims of x and the number of arguments."""
+        return Kept()
+
+    @functools.cached_property
+    def _direct_dim(self) -> int | None:
+        plain = type(self.event_dim) in (int, type(None)) and self.out_event_dim in (None, self.event_dim)
+        return (self.event_dim or 0) if plain and not (self.has_aux or self.check) else None
+
+    def is_direct(self, ndim: int) -> bool:
+        """Whether a tensor x of so many dims needs no further look."""
+        least = self._direct_dim
+        return least is not None and 0 <= least <= ndim
+
     def attach(self, given: Given, values: Values, captured: Captured) -> tuple[Tensor, ...]:
         """The leaves of y with the derivatives that f gives them."""
+        rule, x, theta = self.rule(given, values, captured)
+        return attach(rule, values.leaves, x, theta)
+
+    def rule(self, given: Given, values: Values, captured: Captured) -> tuple[ImplicitRule, Tensors, Tensors]:
+        """The rule, and the leaves of x and of theta that it speaks of."""
         target, x = _target(given)
         x_dims = event_dims(self.event_dim, target, x, self.caller, "event_dim")
         y, y_dims = values.leaves, _y_dims(self, given, values)
@@ -49,7 +71,7 @@ class InverseProblem(Problem):
         if self.check:
             got = evidence([t.detach() for t in y], [t.detach() for t in theta])
             check_residual(self.caller, self.check, got, x, y, (x_dims, y_dims))
-        return attach(ImplicitRule(Equation(self.caller, evidence, y_dims, x_dims), self.linear_solver), y, x, theta)
+        return ImplicitRule(Equation(self.caller, evidence, y_dims, x_dims), self.linear_solver), x, theta
 
 
 @dataclass(frozen=True, eq=False)

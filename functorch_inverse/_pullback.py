@@ -19,7 +19,7 @@ from functorch_inverse._rows import jacobian_of_graph
 from functorch_inverse._vectors import real_dtype
 from functorch_inverse.errors import NoDerivativeError
 
-__all__ = ["Function", "Pullback", "jacobian", "pushforward"]
+__all__ = ["Function", "Pullback", "check_graph", "jacobian", "pushforward"]
 
 Tensors: TypeAlias = Sequence[Tensor]
 # (y leaves, theta leaves) -> x leaves
@@ -87,7 +87,7 @@ class _GraphPullback(Pullback):
         self.theta = [leaves[i].requires_grad_() for i in wanted]
         with torch.enable_grad():
             self.outputs = _evaluate(f, self.y, leaves)
-        self.nodes = _nodes(self.outputs, (*self.y, *self.theta))
+        self.nodes = check_graph(self.outputs, (*self.y, *self.theta))
         self.transposed: tuple[list[Tensor], tuple[Tensor, ...]] | None = None
 
     def push(self, tangents: Tensors) -> tuple[Tensor, ...]:
@@ -131,7 +131,7 @@ class _RecordedPullback(_GraphPullback):
             leaves[i] = _own_node(theta[i])
         self.theta = [leaves[i] for i in wanted]
         self.outputs = _evaluate(f, self.y, leaves)
-        _nodes(self.outputs, (*self.y, *self.theta))
+        check_graph(self.outputs, (*self.y, *self.theta))
 
     def matrix(self) -> Tensor | None:
         return None
@@ -249,7 +249,7 @@ def _evaluate(f: Function, y: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
     return outputs
 
 
-def _nodes(outputs: Tensors, known: Tensors) -> list[Any]:
+def check_graph(outputs: Tensors, known: Tensors) -> list[Any]:
     """The graph, or NoDerivativeError where it ends in a tensor that nobody differentiates."""
     graph, foreign = _graph(outputs, known)
     if foreign is not None:

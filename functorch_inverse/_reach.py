@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Reach", "Sight", "Slots", "slots_of"]
+__all__ = ["Opaque", "Reach", "Slots", "slots_of"]
 
 _ATOMS = frozenset({
     type(None), bool, int, float, complex, str, bytes, bytearray, range, type(...), type(NotImplemented),
@@ -84,26 +84,10 @@ class Reach:
         return reach
 
 
-class Sight:
-    """What some functions reach, walked again only where something may have changed."""
+class Opaque:
+    """Bookkeeping of this package: a walk goes on with `functions` alone."""
 
-    def __init__(self, *functions: Any) -> None:
-        self.functions = functions
-        self._last: Reach | None = None
-
-    def __reduce__(self) -> Any:
-        return Sight, self.functions
-
-    def reach(self) -> Reach:
-        """The same object as long as nothing was exchanged."""
-        last = self._last
-        if last is None or last.trail is None or not last.trail.holds():
-            self._last = last = Reach.of(*self.functions)
-        return last
-
-    def forget(self) -> None:
-        """Keep nothing of the user's alive."""
-        self._last = None
+    functions: tuple[Any, ...] = ()
 
 
 _ABSENT = object()
@@ -129,7 +113,7 @@ class _Trail:
         for space, name, found in self.places:
             if space.get(name, _ABSENT) is not found:
                 return False
-        return not any([t.__dict__ for t in self.tensors])
+        return not any(map(vars, self.tensors))
 
     def note(self, space: dict[str, Any], names: Iterable[str]) -> None:
         """Names that were looked up, whether they were there or not."""
@@ -170,7 +154,7 @@ class _Walk:
             return self._namespace(found)
         # What is met from here on may change and leave no trace.
         self.trail = None
-        if isinstance(found, Sight):
+        if isinstance(found, Opaque):
             return found.functions
         if type(found) in _CONTAINERS and not found:
             return ()

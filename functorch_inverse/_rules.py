@@ -22,7 +22,7 @@ from torch import Tensor
 
 from functorch_inverse import _torch
 from functorch_inverse._pullback import Tensors, pushforward
-from functorch_inverse._vectors import Layout
+from functorch_inverse._vectors import Layout, Like
 from functorch_inverse.errors import StructureError
 from functorch_inverse.linear_solvers import LinearSolver
 from functorch_inverse.operators import Equation, JacobianOperator
@@ -48,7 +48,7 @@ class Rule(Protocol):
         """The same rule where y, x and some of theta carry one more leading dim."""
         ...
 
-    def vjp(self, y: Tensors, theta: Tensors, x: Layout, wanted: Sequence[int]) -> Pull:
+    def vjp(self, y: Tensors, theta: Tensors, x: Sequence[Like], wanted: Sequence[int]) -> Pull:
         """The map from cotangents v of y to what x, and the wanted theta, receive; both in full precision."""
         ...
 
@@ -81,13 +81,13 @@ class ImplicitRule:
         """The same rule where y, and some of theta, carry one more leading dim."""
         return replace(self, equation=self.equation.batched(theta_is_batched, randomness))
 
-    def vjp(self, y: Tensors, theta: Tensors, x: Layout, wanted: Sequence[int]) -> Pull:
+    def vjp(self, y: Tensors, theta: Tensors, x: Sequence[Like], wanted: Sequence[int]) -> Pull:
         """The map from cotangents v of y to what x and the wanted theta receive.
 
-        x's part has the batch shape of y and the layout `x`.
+        x's part has the batch shape of y and the layout of `x`.
         """
-        A = self._at(y, theta, x, wanted)
-        return functools.partial(self._pull, A, self._factors(A), len(x.shapes), [theta[i].dtype for i in wanted])
+        A = self._at(y, theta, Layout.of(x, self.x_dims), wanted)
+        return functools.partial(self._pull, A, self._factors(A), len(x), [theta[i].dtype for i in wanted])
 
     def _pull(
         self, A: JacobianOperator, factors: Any, n_x: int, dtypes: Sequence[torch.dtype], v: Optional

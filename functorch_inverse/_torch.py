@@ -84,6 +84,7 @@ __all__ = [
     "transforms_active",
     "tree_leaves",
     "tree_map",
+    "undisturbed",
     "wrapper",
 ]
 
@@ -114,6 +115,11 @@ def plain() -> bool:
 def recording() -> bool:
     """Whether plain autograd, and nothing else, differentiates what is computed now."""
     return torch.is_grad_enabled() and not (transforms_active() or dual_level_open())
+
+
+def undisturbed() -> bool:
+    """Whether nothing but plain autograd takes part in what is computed now."""
+    return not (transforms_active() or dual_level_open() or _is_torch_function_mode_enabled())
 
 
 def function_mode_active() -> bool:
@@ -281,11 +287,14 @@ def primal(tensor: Tensor | None) -> Tensor | None:
     return forward_ad.unpack_dual(tensor).primal
 
 
+_NO_CONTEXT = nullcontext()
+
+
 def full_precision(tensor: Tensor) -> AbstractContextManager[None]:
     """Autocast switched off: derivatives are computed in the precision of their inputs."""
     kind = tensor.device.type
     if kind == "cpu" and not torch.is_autocast_enabled(kind):
-        return nullcontext()
+        return _NO_CONTEXT
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return nullcontext()

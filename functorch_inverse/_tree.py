@@ -1,5 +1,6 @@
 """Pytrees by optree, and what `event_dim` means for their leaves."""
 
+import functools
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,11 +8,22 @@ from typing import Any, TypeAlias
 
 import optree
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from functorch_inverse.errors import StructureError
 
-__all__ = ["Partition", "Tree", "TreeSpec", "event_dims", "flatten", "is_differentiable", "is_number", "unflatten"]
+__all__ = [
+    "ONE_TENSOR",
+    "PLAIN",
+    "Partition",
+    "Tree",
+    "TreeSpec",
+    "event_dims",
+    "flatten",
+    "is_differentiable",
+    "is_number",
+    "unflatten",
+]
 
 Tree: TypeAlias = Any
 TreeSpec: TypeAlias = optree.PyTreeSpec
@@ -44,14 +56,16 @@ class Partition:
     spec: TreeSpec
     mould: tuple[Any, ...]
     places: tuple[int, ...]
+    # A tuple of tensors, and nothing else.
+    flat: bool = False
 
     @classmethod
     def of(cls, tree: Tree, chosen: Any = lambda leaf: isinstance(leaf, Tensor)) -> "tuple[Partition, tuple[Tensor, ...]]":
         if not torch.compiler.is_dynamo_compiling():  # it cannot trace specs made outside
-            if type(tree) is Tensor and chosen(tree):
-                return _ONE_TENSOR, (tree,)
-            if type(tree) is tuple and not tree:
-                return _NOTHING, ()
+            if type(tree) in PLAIN and chosen(tree):
+                return ONE_TENSOR, (tree,)
+            if type(tree) is tuple and all(type(leaf) in PLAIN and chosen(leaf) for leaf in tree):
+                return _tuple_of(len(tree)), tree
         leaves, spec = flatten(tree)
         flags = [chosen(leaf) for leaf in leaves]
         places = tuple(i for i, flag in enumerate(flags) if flag)
@@ -60,8 +74,10 @@ class Partition:
 
     def join(self, tensors: Sequence[Any]) -> Tree:
         """The tree again, with other tensors in the chosen places."""
-        if self is _ONE_TENSOR and len(tensors) == 1:
+        if self is ONE_TENSOR and len(tensors) == 1:
             return tensors[0]
+        if self.flat and len(tensors) == len(self.places):
+            return tuple(tensors)
         leaves = list(self.mould)
         for place, tensor in zip(self.places, tensors, strict=True):
             leaves[place] = tensor
@@ -69,7 +85,7 @@ class Partition:
 
     def pick(self, tree: Tree, caller: str, what: str) -> tuple[Any, ...]:
         """The leaves in the chosen places of a tree of the same structure."""
-        if self is _ONE_TENSOR and isinstance(tree, Tensor):
+        if self is ONE_TENSOR and isinstance(tree, Tensor):
             return (tree,)
         try:
             leaves = self.spec.flatten_up_to(tree)
@@ -81,9 +97,15 @@ class Partition:
         return tuple(leaves[i] for i in self.places)
 
 
+PLAIN = (Tensor, nn.Parameter)
+
 # The commonest trees.
-_ONE_TENSOR = Partition(flatten(None)[1], (None,), (0,))
-_NOTHING = Partition(flatten(())[1], (), ())
+ONE_TENSOR = Partition(flatten(None)[1], (None,), (0,))
+
+
+@functools.cache
+def _tuple_of(n: int) -> Partition:
+    return Partition(flatten((None,) * n)[1], (None,) * n, tuple(range(n)), flat=True)
 
 
 def describe(spec: TreeSpec) -> str:

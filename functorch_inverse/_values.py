@@ -13,7 +13,7 @@ from torch import Tensor
 
 from functorch_inverse import _torch
 from functorch_inverse._capture import Captured
-from functorch_inverse._tree import Partition, Tree, describe, is_differentiable
+from functorch_inverse._tree import PLAIN, Partition, Tree, describe, is_differentiable
 from functorch_inverse._vectors import same_precision
 from functorch_inverse.errors import BlackBoxError, StructureError
 
@@ -25,6 +25,7 @@ __all__ = [
     "check_vmap_method",
     "from_array",
     "is_array",
+    "output",
     "progress_bar",
     "refuse_empty",
 ]
@@ -124,33 +125,35 @@ class BlackBox:
             )
         if torch.compiler.is_dynamo_compiling():
             self.outcome.traced = tuple(leaf for leaf in arrays if is_differentiable(leaf))
-        taken = {_address(t) for t in inputs}
-        return part, tuple([self._output(leaf, taken) for leaf in arrays])
+        return part, tuple([output(leaf, self.like, inputs) for leaf in arrays])
 
-    def _output(self, leaf: Any, taken: set[int | None]) -> Tensor:
-        array = not isinstance(leaf, Tensor)
-        tensor = from_array(leaf) if array else leaf.detach()
-        if self.like is not None and is_differentiable(tensor):
-            dtype = same_precision(tensor.dtype, self.like.dtype)
-            tensor = tensor.to(device=self.like.device, dtype=dtype)
-        # An input belongs to the caller.
-        return tensor.clone() if not array and _shares(tensor, taken) else tensor
+
+
+def output(leaf: Any, like: Tensor | None, inputs: Sequence[Tensor]) -> Tensor:
+    """A tensor or array that g returned, as a tensor of its own without derivative, in the precision of `like`."""
+    array = not isinstance(leaf, Tensor)
+    tensor = from_array(leaf) if array else leaf.detach()
+    settled = like is None or (tensor.dtype is like.dtype and tensor.device == like.device)
+    if like is not None and not settled and is_differentiable(tensor):
+        tensor = tensor.to(device=like.device, dtype=same_precision(tensor.dtype, like.dtype))
+    # An input belongs to the caller.
+    return tensor.clone() if not array and _shares(tensor, inputs) else tensor
 
 
 def _address(tensor: Tensor) -> int | None:
     """Where the data of a tensor lies, if it can be told."""
     if torch.compiler.is_dynamo_compiling() or _torch.is_wrapped(tensor):
         return None
-    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided and tensor.numel() > 0
+    plain = type(tensor) in PLAIN and tensor.layout is torch.strided and tensor.numel() > 0
     return tensor.untyped_storage().data_ptr() if plain else None
 
 
-def _shares(tensor: Tensor, taken: set[int | None]) -> bool:
+def _shares(tensor: Tensor, inputs: Sequence[Tensor]) -> bool:
     """Whether a result may be the same memory as an input; the compiler takes care of it by itself."""
     if torch.compiler.is_dynamo_compiling():
         return False
     address = _address(tensor)
-    return address in taken if address is not None else _torch.is_wrapped(tensor)
+    return address in map(_address, inputs) if address is not None else _torch.is_wrapped(tensor)
 
 
 def is_array(leaf: Any) -> bool:

@@ -6,19 +6,25 @@ that is not holomorphic has a derivative like any other.
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from functorch_inverse.errors import StructureError
 
-__all__ = ["Layout", "batch_shape", "lead", "real_dtype", "same_precision"]
+__all__ = ["Layout", "Like", "batch_shape", "lead", "real_dtype", "same_precision"]
 
 
-@dataclass(frozen=True, eq=False)
-class Layout:
+class Like(NamedTuple):
+    """What a layout needs to know of a tensor."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+class Layout(NamedTuple):
     """The event shape and dtype of each leaf of a sample, and how many real numbers it holds."""
 
     shapes: tuple[tuple[int, ...], ...]
@@ -26,8 +32,8 @@ class Layout:
     sizes: tuple[int, ...]
 
     @classmethod
-    def of(cls, leaves: Sequence[Tensor], event_dims: Sequence[int]) -> "Layout":
-        shapes = [tuple(leaf.shape[leaf.ndim - dim :]) for leaf, dim in zip(leaves, event_dims, strict=True)]
+    def of(cls, leaves: Sequence[Tensor | Like], event_dims: Sequence[int]) -> "Layout":
+        shapes = [tuple(leaf.shape[len(leaf.shape) - dim :]) for leaf, dim in zip(leaves, event_dims, strict=True)]
         dtypes = [leaf.dtype for leaf in leaves]
         sizes = [prod(s) * (2 if t.is_complex else 1) for s, t in zip(shapes, dtypes, strict=True)]
         return cls(tuple(shapes), tuple(dtypes), tuple(sizes))

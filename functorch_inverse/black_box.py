@@ -18,7 +18,7 @@ from functorch_inverse._pullback import Tensors
 from functorch_inverse._rules import Optional, poisoned
 from functorch_inverse._tree import Partition, Tree, is_differentiable
 from functorch_inverse._values import Loop, VmapMethod, check_vmap_method
-from functorch_inverse._vectors import Layout
+from functorch_inverse._vectors import Like
 from functorch_inverse.errors import NoDerivativeError
 
 __all__ = ["BlackBoxFunction", "black_box"]
@@ -36,7 +36,7 @@ class _Unknown:
     def batched(self, theta_is_batched: Sequence[bool], randomness: str) -> "_Unknown":
         return self
 
-    def vjp(self, y: Tensors, theta: Tensors, x: Layout, wanted: Sequence[int]) -> Any:
+    def vjp(self, y: Tensors, theta: Tensors, x: Sequence[Like], wanted: Sequence[int]) -> Any:
         self._refuse()
 
     def jvp(self, y: Tensors, theta: Tensors, dx: Tensors, dtheta: Optional) -> Any:

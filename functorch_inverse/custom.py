@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from functorch_inverse._call import Problem, solve
+from functorch_inverse._direct import solve_inverse
 from functorch_inverse._explicit import JacobianProblem
 from functorch_inverse._inverse import InverseProblem
 from functorch_inverse._solvers import SolverLike, as_solver
@@ -21,7 +22,7 @@ class CustomInverse:
     It keeps the name, doc and signature of g, and pickles and copies where g and f do.
     """
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: InverseProblem) -> None:
         functools.update_wrapper(self, problem.g, updated=())
         self.problem = problem
 
@@ -30,7 +31,7 @@ class CustomInverse:
 
     def __call__(self, x: Tree, /, *args: Tree, **kwargs: Any) -> Tree:
         """g(x, *args, **kwargs)."""
-        return solve(self.problem, x, args, kwargs)
+        return solve_inverse(self.problem, x, args, kwargs)
 
 
 def _name(function: Any) -> str:

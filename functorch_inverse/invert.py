@@ -13,7 +13,8 @@ from functorch_inverse._capture import Captured, watch
 from functorch_inverse._evidence import Evidence
 from functorch_inverse._inverse import InverseProblem, Pick, target_of
 from functorch_inverse._iterate import Inversion, Inverter
-from functorch_inverse._reach import Reach, Sight
+from functorch_inverse._reach import Reach
+from functorch_inverse._sight import Sight
 from functorch_inverse._solvers import SolverLike, as_solver
 from functorch_inverse._tree import Partition, Tree, event_dims, is_differentiable
 from functorch_inverse._vectors import Layout, real_dtype, same_precision
