@@ -67,9 +67,9 @@ class Captured:
     tensors: tuple[Tensor, ...] = ()
 
     @classmethod
-    def of(cls, sight: Sight, wanted: Callable[[Tensor], bool] = _torch.is_open) -> "Captured":
-        """The wanted tensors that some functions reach."""
-        reach = sight.reach()
+    def of(cls, sight: Sight, wanted: Callable[[Tensor], bool] = _torch.is_open, reach: Reach | None = None) -> "Captured":
+        """The wanted tensors that some functions reach; `reach` where that is known."""
+        reach = reach or sight.reach()
         if not (reach.modules or reach.tensors):
             return cls(sight, reach=reach)
         with _unswapped(reach.modules):
@@ -82,7 +82,7 @@ class Captured:
             return id(tensor) not in known and (meant is not tensor or wanted(meant))
 
         loose = tuple(t for t in reach.tensors if explicit(t))
-        if loose:
+        if any(map(_torch.has_history, loose)):
             sight.forget()
         return cls(
             sight=sight,
@@ -129,11 +129,10 @@ class Captured:
                 stack.enter_context(_Substitute(self.loose, values[n:], level))
             yield
 
-    @property
-    def unchanged(self) -> bool:
-        """Whether nothing that was reached has been changed in place."""
-        reach = self.reach
-        return reach is None or not reach.tensors or tuple(map(_version, reach.tensors)) == self.versions
+    def captures_nothing_still(self) -> bool:
+        """Whether what was reached has neither been changed in place nor got a derivative."""
+        reached = self.reach.tensors if self.reach else ()
+        return not reached or (not any(map(_torch.is_open, reached)) and tuple(map(_version, reached)) == self.versions)
 
     def verify(self) -> None:
         """NoDerivativeError where the functions read something else than when this was captured."""
@@ -142,7 +141,7 @@ class Captured:
         reach = self.sight.reach()
         if reach is not self.reach:
             _compare(self.reach, reach)
-        if self.loose:
+        if any(map(_torch.has_history, self.loose)):
             self.sight.forget()
         if not self.versions:
             return
@@ -229,7 +228,7 @@ class _Substitute(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.table:
-            args, kwargs = _torch.tree_map(lambda leaf: self.table.get(id(leaf), leaf), (tuple(args), kwargs or {}))
+            args, kwargs = [self._meant(arg) for arg in args], {key: self._meant(arg) for key, arg in (kwargs or {}).items()}
         if self.level <= 0 or func.__name__ == "__get__":
             return func(*args, **(kwargs or {}))
         for tensor in _tensors_in(args, kwargs):
@@ -243,6 +242,11 @@ class _Substitute(TorchFunctionMode):
         # What f computes from constants may be wrapped at any open level.
         self.made.update((id(t), t) for t in _tensors_in(result) if _torch.level(t) < self.level)
         return result
+
+    def _meant(self, arg: Any) -> Any:
+        if isinstance(arg, Tensor | float | int | str):
+            return self.table.get(id(arg), arg)
+        return _torch.tree_map(lambda leaf: self.table.get(id(leaf), leaf), arg)
 
 
 class _Watch(TorchFunctionMode):

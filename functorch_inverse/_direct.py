@@ -1,4 +1,4 @@
-"""The commonest call of an inverse: plain autograd, one tensor to one tensor of its shape, and nothing hidden in f or g.
+"""The commonest call of an inverse: plain autograd, one tensor to one tensor of its shape.
 
 What any other call has to find out about pytrees, event dims and closures is kept here from one call to the next.
 """
@@ -28,47 +28,55 @@ from functorch_inverse._vectors import Like
 __all__ = ["solve_inverse"]
 
 _has_graph = operator.attrgetter("requires_grad")
+_NOTHING = Captured()
 _DTYPES = (torch.float64, torch.float32)
 
 
 def solve_inverse(problem: InverseProblem, x: Tree, args: tuple[Tree, ...], kwargs: dict[str, Any]) -> Tree:
     """g(x, *args, **kwargs) with its derivatives to x, args and whatever f closes over."""
-    tensors = (x, *args)
-    if kwargs or not (_torch.undisturbed() and all(map(_is_plain, tensors)) and problem.is_direct(x.ndim)):
+    given, grad = (x, *args), torch.is_grad_enabled()
+    if kwargs or not (_torch.undisturbed() and all(map(_is_plain, given)) and problem.is_direct(x.ndim)):
         return solve(problem, x, args, kwargs)
-    g, f = problem.sees
-    live = torch.is_grad_enabled() and any(map(_has_graph, tensors))
-    if not _closed(g) or (live and not _closed(f)):
+    inner, outer = _captured(problem, 0), _captured(problem, 1) if grad else _NOTHING
+    live = grad and any(map(_has_graph, (*given, *outer.tensors)))
+    if live and not outer.complete:
         return solve(problem, x, args, kwargs)
-    plain = [t.detach() for t in tensors]
-    with nullcontext() if torch.is_grad_enabled() else torch.enable_grad():
-        result = problem.g(*plain)
+    plain = [t.detach() for t in (*given, *inner.tensors)]
+    n = len(given)
+    with nullcontext() if grad else torch.enable_grad(), inner.running(plain[n:]):
+        result = problem.g(*plain[:n])
     y = output(result, x, plain) if is_array(result) else None
     if y is None or y.shape != x.shape or y.dtype is not x.dtype:
         return solve(replace(problem, g=_Returned(result)), x, args, {})
-    return attach_plainly(_rule(problem, y, x, args), y, x, args) if live else y
+    return attach_plainly(_rule(problem, y, x, args, outer), y, x, (*args, *outer.tensors)) if live else y
 
 
 def _is_plain(leaf: Any) -> bool:
     return type(leaf) in PLAIN and leaf.dtype in _DTYPES and leaf.layout is torch.strided and not _torch.is_wrapped(leaf)
 
 
-def _closed(sight: Sight) -> bool:
-    """Whether everything that a function reaches is seen, and none of it has a derivative."""
+def _captured(problem: InverseProblem, which: int) -> Captured:
+    """What g (0) or f (1) captures; the same object as long as it is nothing."""
+    sight: Sight = problem.sees[which]
+    last: Captured | None = problem.kept.get(which)
     reach = sight.reach()
-    return reach.complete and not reach.modules and not any(map(_torch.is_open, reach.tensors))
+    if last is not None and last.reach is reach and last.captures_nothing_still():
+        return last
+    problem.kept[which] = captured = Captured.of(sight, reach=reach)
+    if captured.tensors:
+        del problem.kept[which]
+    return captured
 
 
-def _rule(problem: InverseProblem, y: Tensor, x: Tensor, args: Sequence[Tensor]) -> ImplicitRule:
-    """The rule of an earlier call with as many dims, if f still reads the same."""
-    key, sight = (x.ndim, len(args)), problem.sees[1]
-    captured, rule = problem.rules.get(key, (None, None))
-    if captured is None or captured.reach is not sight.reach() or not captured.unchanged:
-        captured = Captured.of(sight)
+def _rule(problem: InverseProblem, y: Tensor, x: Tensor, args: Tensors, captured: Captured) -> ImplicitRule:
+    """The rule; that of an earlier call with as many dims, if f captures nothing."""
+    before, rule = problem.kept.get((x.ndim, len(args)), (None, None))
+    if before is not captured or rule is None:
         rule, _, _ = problem.rule(Given.of(x, tuple(args), {}), Values(ONE_TENSOR, (y,), (True,), ()), captured)
-        if rule.equation.y_dims == rule.equation.x_dims == (0,):
+        if rule.equation.y_dims == rule.equation.x_dims == (0,) and not captured.tensors:
             rule = NumberRule(rule.equation, rule.linear_solver, problem.evidence, captured)
-        problem.rules[key] = captured, rule
+        if not captured.tensors:
+            problem.kept[x.ndim, len(args)] = captured, rule
     return rule
 
 

@@ -38,8 +38,8 @@ class InverseProblem(Problem):
         return self.evidence(values.y.join(values.tensors), *given.args.join(given.arg_tensors))
 
     @functools.cached_property
-    def rules(self) -> Kept:
-        """The rules of direct calls, by the dims of x and the number of arguments."""
+    def kept(self) -> Kept:
+        """What direct calls have found out."""
         return Kept()
 
     @functools.cached_property

@@ -10,7 +10,6 @@ import operator
 import sys
 import types
 import weakref
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -32,7 +31,6 @@ _DYNAMIC = frozenset({
     "eval", "exec", "globals", "locals", "vars", "__import__", "import_module", "__globals__", "__dict__",
     "f_locals", "f_globals", "modules", "_getframe", "get_objects", "get_referrers",
 })  # fmt: skip
-_CONTAINERS = frozenset({dict, list, tuple, set, OrderedDict})
 _STATE = ("_parameters", "_buffers", "_modules")
 _BUDGET = 5000
 _HAVE_GC = 1 << 14  # Py_TPFLAGS_HAVE_GC
@@ -90,34 +88,22 @@ class Opaque:
     functions: tuple[Any, ...] = ()
 
 
-_ABSENT = object()
+_SHORT = 500
 
 
-@dataclass(eq=False)
 class _Trail:
-    """Where a walk looked and what it found there; it met nothing else that can change."""
+    """What a walk looked into and what it found there; it met nothing else that can change."""
 
-    functions: list[tuple[types.FunctionType, types.CodeType, Any]] = field(default_factory=list)
-    cells: list[tuple[types.CellType, Any]] = field(default_factory=list)
-    places: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
-    tensors: list[Tensor] = field(default_factory=list)
+    def __init__(self, holders: list[Any], spaces: Iterable[tuple[dict[str, Any], Iterable[str]]]) -> None:
+        self.holders, self.parts = holders, gc.get_referents(*holders)
+        self.looks = [(space.get, tuple(names), [space.get(name) for name in names]) for space, names in spaces]
 
     def holds(self) -> bool:
         """Whether everything is where it was."""
-        for fn, code, defaults in self.functions:
-            if fn.__code__ is not code or fn.__defaults__ is not defaults or fn.__kwdefaults__ or fn.__dict__:
-                return False
-        for cell, found in self.cells:
-            if _content(cell) is not found:
-                return False
-        for space, name, found in self.places:
-            if space.get(name, _ABSENT) is not found:
-                return False
-        return not any(map(vars, self.tensors))
-
-    def note(self, space: dict[str, Any], names: Iterable[str]) -> None:
-        """Names that were looked up, whether they were there or not."""
-        self.places += [(space, name, space.get(name, _ABSENT)) for name in names]
+        now, same = gc.get_referents(*self.holders), operator.is_
+        if len(now) != len(self.parts) or not all(map(same, now, self.parts)):
+            return False
+        return all(all(map(same, map(get, names), found)) for get, names, found in self.looks)
 
 
 class _Walk:
@@ -127,15 +113,27 @@ class _Walk:
         self.reach = reach
         self.names: set[str] = set()
         self.spaces: list[types.ModuleType] = []
-        self.trail: _Trail | None = _Trail()
+        self.holders: list[Any] = []
+        self.looked: dict[int, tuple[dict[str, Any], set[str]]] = {}
+        self.can_be_traced = True
 
     def end(self) -> _Trail | None:
-        """The trail of the whole walk."""
-        if self.trail is None or not self.reach.complete:
+        """The trail of the whole walk, where it is worth keeping."""
+        if not (self.can_be_traced and self.reach.complete and len(self.holders) < _SHORT):
             return None
         for space in self.spaces:
-            self.trail.note(vars(space), self.names)
-        return self.trail
+            self.look(vars(space), self.names)
+        return _Trail(self.holders, self.looked.values())
+
+    def look(self, space: dict[str, Any], names: Iterable[str]) -> list[Any]:
+        """What stands under some names, noted whether it is there or not."""
+        self.looked.setdefault(id(space), (space, set()))[1].update(names)
+        return [space[name] for name in names if name in space]
+
+    def referents(self, found: Any) -> list[Any]:
+        """What the garbage collector sees in an object, noted."""
+        self.holders.append(found)
+        return gc.get_referents(found)
 
     def inside(self, found: Any) -> Iterable[Any]:
         """What an object refers to."""
@@ -143,55 +141,41 @@ class _Walk:
             return self._function(found)
         if isinstance(found, types.BuiltinFunctionType):
             return [found.__self__]
-        if type(found) is tuple:
-            return found
-        if isinstance(found, Tensor):
-            self.reach.tensors.append(found)
-            return self._tensor(found)
-        if isinstance(found, type) and _library_class(found):
-            return ()
         if isinstance(found, types.ModuleType):
             return self._namespace(found)
-        # What is met from here on may change and leave no trace.
-        self.trail = None
-        if isinstance(found, Opaque):
-            return found.functions
-        if type(found) in _CONTAINERS and not found:
-            return ()
+        if isinstance(found, Tensor):
+            self.reach.tensors.append(found)
+            return self.referents(vars(found))
         if isinstance(found, nn.Module):
             self.reach.modules.append(found)
+            self.can_be_traced = False
             return _parts_of(found)
         if isinstance(found, type):
-            return list(_class(found))
+            return () if _library_class(found) else self._class(found)
+        if isinstance(found, Opaque):
+            return found.functions
         return self._object(found)
 
-    def _tensor(self, tensor: Tensor) -> list[Any]:
-        attributes = list(vars(tensor).values())
-        if attributes:
-            self.trail = None
-        if self.trail is not None:
-            self.trail.tensors.append(tensor)
-        return attributes
+    def _class(self, cls: type) -> list[Any]:
+        spaces = [space for base in cls.__mro__ if not _library_class(base) for space in gc.get_referents(vars(base))]
+        hidden = ("__dict__", "__weakref__")
+        for holder in (cls, *spaces):
+            self.referents(holder)
+        return [type(cls), *(v for space in spaces for k, v in space.items() if k not in hidden)]
 
     def _function(self, fn: types.FunctionType) -> list[Any]:
-        parts = [_content(cell) for cell in fn.__closure__ or ()]
-        if fn.__kwdefaults__ or fn.__dict__:
-            self.trail = None
-        if self.trail is not None:
-            self.trail.functions.append((fn, fn.__code__, fn.__defaults__))
-            self.trail.cells += zip(fn.__closure__ or (), parts, strict=True)
-        parts += [part for part in (fn.__defaults__, fn.__kwdefaults__, fn.__dict__) if part]
+        cells = fn.__closure__ or ()
+        parts = [*map(_content, cells), fn.__defaults__, fn.__kwdefaults__, fn.__dict__]
+        for holder in (fn, *cells):
+            self.referents(holder)
         space, modules = fn.__globals__, sys.modules
         if _in_library(space.get("__name__")):
             return parts
         names = _names(fn.__code__)
         if not names.isdisjoint(_DYNAMIC):
             self.reach.complete = False
-        if self.trail is not None:
-            self.trail.note(space, names)
-            self.trail.note(modules, names)
-        parts += [space[name] for name in names if name in space]
-        parts += [modules[name] for name in names if name in modules]
+        parts += self.look(space, names)
+        parts += self.look(modules, names)
         if not names <= self.names:
             new = names - self.names
             self.names |= new
@@ -212,21 +196,31 @@ class _Walk:
 
     def _object(self, found: Any) -> list[Any]:
         kind = type(found)
+        if kind.__name__ == "ndarray" and getattr(found, "dtype", None) is not None and not found.dtype.hasobject:
+            return []
+        hidden = self._hidden(found, kind)
+        if hidden is not None:
+            self.can_be_traced = False
+            return hidden
+        if isinstance(found, operator.attrgetter | operator.methodcaller) or kind.__name__.endswith("ProxyType"):
+            self.reach.complete = False
+        if kind.__flags__ & _HAVE_GC:
+            return [part for part in self.referents(found) if part is not found]
+        if not _library_class(kind):  # type: ignore[arg-type]
+            self.reach.complete = False
+        return []
+
+    def _hidden(self, found: Any, kind: type) -> list[Any] | None:
+        """What an object holds where the garbage collector does not look."""
         if kind.__name__ == "ndarray" and getattr(found, "dtype", None) is not None:
-            return list(found.flat) if found.dtype.hasobject else []
+            return list(found.flat)
         if isinstance(found, weakref.ref):
             return [found()]
         if isinstance(found, ContextVar):
             return [found.get(None)]
         if kind.__module__ == "_thread" and kind.__name__ == "_local":
             return list(vars(found).values())
-        if isinstance(found, operator.attrgetter | operator.methodcaller) or kind.__name__.endswith("ProxyType"):
-            self.reach.complete = False
-        if kind.__flags__ & _HAVE_GC:
-            return [part for part in gc.get_referents(found) if part is not found]
-        if not _library_class(kind):  # type: ignore[arg-type]
-            self.reach.complete = False
-        return []
+        return None
 
 
 def _content(cell: types.CellType) -> Any:
@@ -243,13 +237,6 @@ def _parts_of(module: nn.Module) -> list[Any]:
         parts.append(type(inner))
         parts += [v for k, v in vars(inner).items() if k not in _STATE and type(v) not in _ATOMS]
     return parts
-
-
-def _class(cls: type) -> Iterator[Any]:
-    yield type(cls)
-    for base in cls.__mro__:
-        if not _library_class(base):
-            yield from (v for k, v in vars(base).items() if k not in ("__dict__", "__weakref__"))
 
 
 @functools.lru_cache(maxsize=4096)

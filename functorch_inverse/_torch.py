@@ -67,6 +67,7 @@ __all__ = [
     "function_mode_active",
     "graph_grad",
     "graph_is_kept",
+    "has_history",
     "is_legacy_batched",
     "is_live",
     "is_open",
@@ -181,6 +182,12 @@ def is_open(tensor: Tensor) -> bool:
     """Whether a transform or autograd has a hold on a tensor, so that it must be an explicit input."""
     with DisableTorchFunction():
         return tensor.requires_grad or is_wrapped(tensor) or _is_live(tensor)
+
+
+def has_history(tensor: Tensor) -> bool:
+    """Whether a tensor keeps a graph alive."""
+    with DisableTorchFunction():
+        return is_wrapped(tensor) or tensor.grad_fn is not None
 
 
 def can_inspect(tensor: Tensor) -> bool:
