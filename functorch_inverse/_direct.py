@@ -18,7 +18,7 @@ from functorch_inverse._attach import attach_plainly
 from functorch_inverse._call import Given, Values, solve
 from functorch_inverse._capture import Captured
 from functorch_inverse._inverse import InverseProblem
-from functorch_inverse._pullback import Tensors, check_graph
+from functorch_inverse._pullback import Tensors, check_graph, in_torch
 from functorch_inverse._rules import ImplicitRule, Pull
 from functorch_inverse._sight import Sight
 from functorch_inverse._tree import ONE_TENSOR, PLAIN, Tree
@@ -109,7 +109,7 @@ class NumberRule(ImplicitRule):
         chosen = [leaves[i].requires_grad_() for i in wanted]
         self.captured.verify()
         with torch.enable_grad():
-            out = self.f(at, *leaves)
+            out = in_torch(self.f, at, *leaves)
         if type(out) is not Tensor or out.shape != at.shape or out.dtype is not at.dtype or not out.requires_grad:
             return super().vjp(y, theta, x, wanted)
         check_graph((out,), (at, *chosen))

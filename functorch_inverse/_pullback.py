@@ -19,7 +19,7 @@ from functorch_inverse._rows import jacobian_of_graph
 from functorch_inverse._vectors import real_dtype
 from functorch_inverse.errors import NoDerivativeError
 
-__all__ = ["Function", "Pullback", "check_graph", "jacobian", "pushforward"]
+__all__ = ["Function", "Pullback", "check_graph", "in_torch", "jacobian", "pushforward"]
 
 Tensors: TypeAlias = Sequence[Tensor]
 # (y leaves, theta leaves) -> x leaves
@@ -232,8 +232,19 @@ def pushforward(f: Function, y: Tensors, theta: Tensors, tangents: Sequence[Tens
 
 def _evaluate(f: Function, y: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
     """f at tracked y, or an error if its value no longer depends on y."""
+    outputs = in_torch(f, y, theta)
+    if not torch.compiler.is_dynamo_compiling() and not any(out.requires_grad for out in outputs):
+        raise NoDerivativeError(
+            "f(y, *args) does not depend on y in a way that torch can see: it detaches y, rounds it to integers, "
+            "or does not use it. f must be made of differentiable torch operations from y to x."
+        )
+    return outputs
+
+
+def in_torch(f: Callable[..., Any], *args: Any) -> Any:
+    """f(*args), or an error that says where it went instead."""
     try:
-        outputs = f(y, theta)
+        return f(*args)
     except RuntimeError as error:
         if "numpy" in str(error) or "storage" in str(error):
             raise NoDerivativeError(
@@ -241,12 +252,6 @@ def _evaluate(f: Function, y: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
                 "operations from y to x; only g may use NumPy or other libraries."
             ) from error
         raise
-    if not torch.compiler.is_dynamo_compiling() and not any(out.requires_grad for out in outputs):
-        raise NoDerivativeError(
-            "f(y, *args) does not depend on y in a way that torch can see: it detaches y, rounds it to integers, "
-            "or does not use it. f must be made of differentiable torch operations from y to x."
-        )
-    return outputs
 
 
 def check_graph(outputs: Tensors, known: Tensors) -> list[Any]:

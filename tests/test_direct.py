@@ -1,0 +1,193 @@
+"""One tensor to one tensor in plain autograd: the short way gives what the long way gives, and calls g once."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_close
+from problems import VECTOR, vector_exact, vector_f, vector_g
+
+import functorch_inverse as fi
+
+X, C, B = VECTOR.inputs()
+DTYPES = (torch.float64, torch.float32, torch.float16)
+
+
+def sinh(a=1.0):
+    return lambda y: torch.sinh(a * y)
+
+
+def asinh(x):
+    return torch.asinh(x)
+
+
+def derivatives(h, *leaves, order=1):
+    leaves = [t.detach().clone().requires_grad_() for t in leaves]
+    out = h(*leaves).sin().sum()
+    for _ in range(order - 1):
+        out = sum(t.sum() for t in torch.autograd.grad(out, leaves, create_graph=True))
+    return torch.autograd.grad(out, leaves)
+
+
+def long_way(g, f, **options):
+    """The same by a call with a keyword argument, which the short way leaves alone."""
+    return lambda *inputs: fi.custom_inverse(lambda *inputs, _: g(*inputs), f, **options)(*inputs, _=None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3), (0,), (2, 0)])
+def test_numbers(shape, dtype):
+    x = torch.linspace(-1, 1, torch.Size(shape).numel()).reshape(shape).to(dtype)
+    got = derivatives(fi.custom_inverse(asinh, torch.sinh, event_dim=0), x)
+    assert got[0].dtype is dtype
+    assert all(map(torch.equal, got, derivatives(long_way(asinh, torch.sinh, event_dim=0), x)))
+    if x.numel():
+        assert_close(got, derivatives(torch.asinh, x), 8 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("event_dim", [None, 1])
+def test_vectors_with_arguments(event_dim, order):
+    h = fi.custom_inverse(vector_g, vector_f, event_dim=event_dim)
+    assert_close(derivatives(h, X, C, B, order=order), derivatives(vector_exact, X, C, B, order=order))
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_numbers_with_arguments(order):
+    g = lambda x, a: np.arcsinh(x.numpy()) / a.numpy()  # noqa: E731
+    h = fi.custom_inverse(g, lambda y, a: torch.sinh(a * y), event_dim=0)
+    x, a = torch.linspace(-1, 1, 6).double().reshape(2, 3), torch.tensor([1.0, 2.0, 3.0]).double()
+    assert_close(derivatives(h, x, a, order=order), derivatives(lambda x, a: torch.asinh(x) / a, x, a, order=order))
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_numbers_with_closures(order):
+    x, a = torch.linspace(-1, 2, 6).double(), torch.tensor(1.5).double()
+
+    def h(x, a):
+        return fi.custom_inverse(lambda x: torch.asinh(x) / a, lambda y: torch.sinh(a * y), event_dim=0)(x)
+
+    assert_close(derivatives(h, x, a, order=order), derivatives(lambda x, a: torch.asinh(x) / a, x, a, order=order))
+
+
+RESULTS = {
+    "numpy": lambda x: np.arcsinh(x.numpy()),
+    "numpy in float32": lambda x: np.arcsinh(x.numpy()).astype(np.float32),
+    "another precision": lambda x: torch.asinh(x.float()),
+    "another layout": lambda x: torch.asinh(x.T.contiguous()).T,
+    "a leaf of its own": lambda x: torch.asinh(x).requires_grad_(),
+    "a graph of its own": lambda x: torch.asinh(x.requires_grad_()),
+}
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_what_g_may_return(name):
+    calls = []
+    h = fi.custom_inverse(lambda x: calls.append(x) or RESULTS[name](x), torch.sinh, event_dim=0)
+    x = torch.linspace(-1, 1, 6).double().reshape(2, 3).requires_grad_()
+    y = h(x)
+    assert (y.dtype, y.shape, y.requires_grad, len(calls)) == (torch.float64, x.shape, True, 1)
+    assert not calls[0].requires_grad or "graph" in name
+    assert_close(torch.autograd.grad(y.sum(), x), ((1 + x**2).rsqrt().detach(),), 1e-6)
+
+
+@pytest.mark.parametrize("view", [lambda x: x, lambda x: x.view(2, 3), lambda x: x[:], lambda x: x.flip(0)])
+def test_an_input_handed_back_is_copied(view):
+    """Who changes y does not change x."""
+    x = torch.randn(2, 3)
+    y = fi.custom_inverse(view, view, event_dim=0)(x)
+    before = x.clone()
+    y.mul_(2)
+    assert_close(x, before)
+
+
+def test_an_argument_handed_back_is_copied():
+    x, a = torch.randn(3), torch.randn(3)
+    y = fi.custom_inverse(lambda x, a: a, lambda y, a: y, event_dim=0)(x, a)
+    before = a.clone()
+    y.mul_(2)
+    assert_close(a, before)
+
+
+BAD = {
+    "more samples": (lambda x: torch.ones(4, 3), fi.StructureError),
+    "another size": (lambda x: torch.ones(2, 4), fi.StructureError),
+    "integers": (lambda x: x.long(), fi.StructureError),
+    "a string": (lambda x: "y", fi.StructureError),
+    "nothing": (lambda x: None, fi.StructureError),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_does_not_fit_is_an_error_after_one_call(name):
+    calls, (g, error) = [], BAD[name]
+    h = fi.custom_inverse(lambda x: calls.append(x) or g(x), lambda y: y, event_dim=1)
+    with pytest.raises(error, match="custom_inverse"):
+        h(torch.randn(2, 3, requires_grad=True))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("f, error", [
+    (lambda y: y.detach(), fi.NoDerivativeError),
+    (lambda y: y.sum(-1), fi.StructureError),
+    (lambda y: y.numpy(), fi.NoDerivativeError),
+    (lambda y: y.to(torch.complex64), fi.StructureError),
+    (lambda y: [y], fi.StructureError),
+])  # fmt: skip
+def test_an_f_that_will_not_do(f, error):
+    y = fi.custom_inverse(lambda x: x.clone(), f, event_dim=0)(torch.randn(2, 3, requires_grad=True))
+    with pytest.raises(error):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("event_dim", [0, None, 1])
+def test_two_backwards_through_one_node(event_dim):
+    x = torch.linspace(-1, 1, 3).double().requires_grad_()
+    y = fi.custom_inverse(asinh, torch.sinh, event_dim=event_dim)(x)
+    first = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    again = torch.autograd.grad((2 * y).sum(), x, retain_graph=True)
+    last = torch.autograd.grad(y.sum(), x)
+    assert_close((again[0] / 2, last[0]), first * 2)
+
+
+def test_where_f_is_flat_and_where_x_is_no_number():
+    x = torch.tensor([0.0, 1.0, torch.nan, torch.inf], requires_grad=True)
+    y = fi.custom_inverse(lambda x: x.sign() * x.abs().sqrt(), lambda y: y * y.abs(), event_dim=0)(x)
+    (got,) = torch.autograd.grad(y.sum(), x)
+    assert got[0] == torch.inf
+    assert got[1] == 0.5
+    assert got[2].isnan()
+
+
+def test_autocast_is_off_inside():
+    x = torch.randn(4, 3, requires_grad=True)
+    w = torch.randn(3, 3) / 10 + torch.eye(3)
+    h = fi.custom_inverse(lambda x: torch.linalg.solve(w, x.mT).mT, lambda y: y @ w.T, event_dim=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = h(x)
+        (got,) = torch.autograd.grad(y.sum(), x)
+    assert_close(got, torch.linalg.solve(w.T, torch.ones(4, 3).mT).mT, 1e-5)
+
+
+def test_plain_values_where_nothing_is_live():
+    calls = []
+    h = fi.custom_inverse(asinh, lambda y: calls.append(y) or torch.sinh(y), event_dim=0)
+    x = torch.randn(3)
+    with torch.no_grad():
+        assert not h(x.requires_grad_()).requires_grad
+    with torch.inference_mode():
+        assert not h(x).requires_grad
+    assert not h(x.detach()).requires_grad
+    assert not calls
+
+
+def test_more_event_dims_than_x_has():
+    with pytest.raises(fi.StructureError, match="at least 2 dims"), torch.no_grad():
+        fi.custom_inverse(asinh, torch.sinh, event_dim=2)(torch.randn(3))
+
+
+def test_one_function_for_many_shapes():
+    """What is kept from a call fits the next one, or is not used."""
+    h = fi.custom_inverse(vector_g, vector_f, event_dim=1)
+    for batch in [(), (2,), (2, 2), (5,), ()]:
+        x = X.expand(*batch, 3)
+        assert_close(derivatives(h, x, C, B), derivatives(vector_exact, x, C, B))
