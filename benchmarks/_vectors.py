@@ -5,6 +5,7 @@ the figures are those of the derivative alone. A is random with entries of varia
 well conditioned Jacobian J = I + 0.3 diag(1 - tanh(A y)^2) A.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,11 +33,16 @@ class Vectors:
         x = y + 0.3 * torch.tanh(y @ A.T)
         return Vectors(A, x.requires_grad_(), y, v)
 
-    def f(self, y: Tensor) -> Tensor:
-        return y + 0.3 * torch.tanh(y @ self.A.T)
+    # Functions that hold what they read and no more: a method would hold x, too, and every contender with it.
+    @property
+    def f(self) -> Callable[[Tensor], Tensor]:
+        A = self.A
+        return lambda y: y + 0.3 * torch.tanh(y @ A.T)
 
-    def g(self, x: Tensor) -> Tensor:
-        return self.y.clone()
+    @property
+    def g(self) -> Callable[[Tensor], Tensor]:
+        y = self.y
+        return lambda x: y.clone()
 
     def residual(self, y: Tensor, x: Tensor) -> Tensor:
         return self.f(y) - x
