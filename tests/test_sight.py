@@ -75,7 +75,7 @@ def a_function_attribute():
 
 
 def a_code():
-    new_c = C
+    new_c = None
 
     def f(y):
         return vector_f(y, C, B) if new_c is None else None
