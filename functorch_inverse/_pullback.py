@@ -75,7 +75,7 @@ class Pullback:
 
 
 # Fewer are faster one by one.
-_MANY_ROWS = 6
+_MANY_ROWS = 3
 
 
 class _GraphPullback(Pullback):
@@ -102,10 +102,17 @@ class _GraphPullback(Pullback):
 
     def matrix(self) -> Tensor | None:
         if self.outputs[0].shape[-1] < _MANY_ROWS:
-            return None
+            return self._one_by_one()
         # A backward written in Python may look at what it is given.
         known = not any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in self.nodes)
         return jacobian_of_graph(self.outputs[0], self.y[0]) if known else None
+
+    def _one_by_one(self) -> Tensor:
+        out, y = self.outputs[0], self.y[0]
+        if out.shape[-1] == 1:
+            return _torch.graph_grad((out,), (y,), (torch.ones_like(out),))[0].unsqueeze(-2)
+        units = torch.eye(out.shape[-1], dtype=out.dtype, device=out.device).unbind()
+        return torch.stack([_torch.graph_grad((out,), (y,), (e.expand_as(out),))[0] for e in units], -2)
 
     def to_y(self, cotangents: Tensors) -> tuple[Tensor, ...]:
         return self._grad(self.y, cotangents)
@@ -267,10 +274,11 @@ def _graph(outputs: Tensors, known: Tensors) -> tuple[list[Any], Tensor | None]:
     seen: set[Any] = {None, *(t.grad_fn for t in known)}
     queue: list[Any] = [out.grad_fn for out in outputs if out.grad_fn not in seen]
     for node in queue:  # grows while it is walked
-        variable = getattr(node, "variable", None)
+        following_ones = node.next_functions
+        variable = None if following_ones else getattr(node, "variable", None)
         if variable is not None and id(variable) not in expected:
             foreign = variable
-        for following, _ in node.next_functions:
+        for following, _ in following_ones:
             if following not in seen:
                 seen.add(following)
                 queue.append(following)

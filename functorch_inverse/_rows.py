@@ -70,30 +70,35 @@ class _Rows(Tensor):
         return found
 
     def matrix(self) -> Tensor:
-        """All rows, (*shape[:-1], rows, shape[-1])."""
+        """All rows, (*shape[:-1], rows, shape[-1]), in memory that nobody else reads."""
         full = (*self.shape[:-1], self.rows, self.shape[-1])
-        if self.scale is None:
-            assert self.dense is not None
-            return self.dense.expand(full)
-        total = self.scale.new_zeros(full) if self.dense is None else self.dense.expand(full).clone()
-        total.diagonal(dim1=-2, dim2=-1).add_(self.scale)
+        if self.dense is None:
+            assert self.scale is not None
+            total = self.scale.new_zeros(full)
+        else:
+            own = self.dense.shape == full and self.dense.is_contiguous()
+            total = self.dense if own else self.dense.expand(full).clone(memory_format=torch.contiguous_format)
+        if self.scale is not None:
+            total.diagonal(dim1=-2, dim2=-1).add_(self.scale)
         return total
 
 
 def _elementwise(func: Any, args: Any, kwargs: Any) -> _Rows | None:
-    places = [i for i, arg in enumerate(args) if isinstance(arg, _Rows)]
-    others = [arg for arg in args if isinstance(arg, Tensor) and not isinstance(arg, _Rows)]
-    if len(places) != 1 or (func in _DIVISIONS and places != [0]):
+    mine = [i for i, arg in enumerate(args) if isinstance(arg, _Rows)]
+    others = [i for i, arg in enumerate(args) if isinstance(arg, Tensor) and arg.ndim and i not in mine]
+    i, rows = mine[0], args[mine[0]]
+    if len(mine) > 1 or not rows.ndim or (func in _DIVISIONS and i):
         return None
-    (i,), rows = places, args[places[0]]
-    shape = torch.broadcast_shapes(rows.shape, *(t.shape for t in others))
-    if len(shape) != rows.ndim or shape[-1] != rows.shape[-1] or not rows.ndim:
-        return None
+    shape = rows.shape
+    if any(args[k].shape != shape for k in others):
+        shape = torch.broadcast_shapes(shape, *(args[k].shape for k in others))
+        if len(shape) != rows.ndim or shape[-1] != rows.shape[-1]:
+            return None
 
     def apply(part: Tensor | None, lift: bool) -> Tensor | None:
         if part is None:
             return None
-        lifted = [t.unsqueeze(-2) if lift and isinstance(t, Tensor) and t.ndim and t is not rows else t for t in args]
+        lifted = [arg.unsqueeze(-2) if lift and k in others else arg for k, arg in enumerate(args)]
         lifted[i] = part
         return func(*lifted, **kwargs)
 

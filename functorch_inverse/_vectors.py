@@ -6,8 +6,8 @@ that is not holomorphic has a derivative like any other.
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +17,7 @@ from functorch_inverse.errors import StructureError
 __all__ = ["Layout", "batch_shape", "lead", "real_dtype", "same_precision"]
 
 
-@dataclass(frozen=True, eq=False)
-class Layout:
+class Layout(NamedTuple):
     """The event shape and dtype of each leaf of a sample, and how many real numbers it holds."""
 
     shapes: tuple[tuple[int, ...], ...]
@@ -58,7 +57,7 @@ class Layout:
     def unpack(self, vector: Tensor) -> tuple[Tensor, ...]:
         """The inverse of `pack`; each leaf in its own dtype."""
         if self.is_vector:
-            return (vector.to(self.dtypes[0]),)
+            return (vector if vector.dtype == self.dtypes[0] else vector.to(self.dtypes[0]),)
         parts = vector.split(self.sizes, -1) if len(self.sizes) > 1 else (vector,)
         return tuple(_leaf(p, s, t) for p, s, t in zip(parts, self.shapes, self.dtypes, strict=True))
 

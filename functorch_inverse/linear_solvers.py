@@ -11,7 +11,7 @@ from torch import Tensor
 
 from functorch_inverse import _torch
 from functorch_inverse._dense import Matrix, factorised
-from functorch_inverse._singular import named, raise_if_singular, singular, suspect
+from functorch_inverse._singular import column_sizes, harmless, named, raise_if_singular, singular, suspect
 from functorch_inverse.errors import SingularJacobianError, StructureError
 from functorch_inverse.operators import JacobianOperator
 
@@ -48,7 +48,7 @@ class _Direct:
 
     def factorise(self, operator: JacobianOperator) -> Matrix:
         """The factors of all samples, shared by all solves with them."""
-        return factorised(self, operator.as_matrix())  # type: ignore[arg-type]
+        return factorised(self, operator.as_matrix(), owned=True)  # type: ignore[arg-type]
 
     def _refuse(self, bad: Tensor) -> None:
         """SingularJacobianError, where it is asked for and values can be looked at."""
@@ -73,21 +73,29 @@ class LU(_Direct):
     and 3.5 (condition estimation).
     """
 
-    def factor(self, matrix: Tensor) -> tuple[Tensor, ...]:
+    def factor(self, matrix: Tensor, *, owned: bool = False) -> tuple[Tensor, ...]:
         """(LU, pivots) of A^T, which lies in memory as LAPACK wants it."""
+        in_place = owned and matrix.shape[-1] >= _WORTH_OVERWRITING and matrix.is_contiguous() and matrix.is_cpu
         matrix = matrix.mT
-        lu, pivots, _ = torch.linalg.lu_factor_ex(matrix)
-        doubtful = suspect(matrix, lu)
-        if _torch.can_inspect(lu) and not doubtful.any():
+        sizes = column_sizes(matrix) if in_place else None
+        lu, pivots = _over(matrix) if in_place else torch.linalg.lu_factor_ex(matrix)[:2]
+        known = _torch.can_inspect(lu)
+        if known and sizes is None and harmless(matrix, lu):
             return lu, pivots
-        finite = _finite(matrix)
-        bad = finite & doubtful & singular(matrix, lu, pivots)
+        sizes = column_sizes(matrix) if sizes is None else sizes
+        doubtful = suspect(lu, sizes)
+        if known and not doubtful.any():
+            return lu, pivots
+        finite = sizes.isfinite().all(-1)
+        bad = finite & doubtful & singular(lu, pivots, sizes)
         self._refuse(bad)
         return lu.masked_fill_((bad | ~finite)[..., None, None], torch.nan), pivots
 
     def apply(self, factors: tuple[Tensor, ...], b: Tensor, transpose: bool) -> Tensor:
         """A^-1 b, or A^-T b."""
         n, columns = b.shape[-2:]
+        if n == 1:
+            return b / factors[0]
         if columns <= 2 * n:
             return torch.linalg.lu_solve(*factors, b, adjoint=not transpose)
         # As accurate up to a small factor, and a matrix product is several times as fast as substitution.
@@ -121,7 +129,7 @@ class Cholesky(_Direct):
     Source: Golub and Van Loan, Matrix Computations, 4th edition, section 4.2.
     """
 
-    def factor(self, matrix: Tensor) -> tuple[Tensor, ...]:
+    def factor(self, matrix: Tensor, *, owned: bool = False) -> tuple[Tensor, ...]:
         """(L,)."""
         lower, info = torch.linalg.cholesky_ex(matrix)
         finite, n = _finite(matrix), matrix.shape[-1]
@@ -172,7 +180,7 @@ class Triangular(_Direct):
 
     lower: bool = True
 
-    def factor(self, matrix: Tensor) -> tuple[Tensor, ...]:
+    def factor(self, matrix: Tensor, *, owned: bool = False) -> tuple[Tensor, ...]:
         """(A,)."""
         finite = _finite(matrix)
         other = matrix.triu(1) if self.lower else matrix.tril(-1)
@@ -221,7 +229,7 @@ class LeastSquares(_Direct):
 
     rectangular = True
 
-    def factor(self, matrix: Tensor) -> tuple[Tensor, ...]:
+    def factor(self, matrix: Tensor, *, owned: bool = False) -> tuple[Tensor, ...]:
         """(Q, R) of A, or of A^T where that is the tall one."""
         wide = matrix.shape[-2] < matrix.shape[-1]
         finite = _finite(matrix)
@@ -245,6 +253,17 @@ class LeastSquares(_Direct):
     def log_abs_det(self, factors: tuple[Tensor, ...]) -> Tensor:
         """A rectangular Jacobian has no determinant."""
         raise ValueError("LeastSquares: a rectangular Jacobian has no determinant; use LU().")
+
+
+# Fresh memory costs as much as a good part of the factorisation; a small matrix is looked at more cheaply afterwards.
+_WORTH_OVERWRITING = 16
+
+
+def _over(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """(LU, pivots) in the memory of a matrix of columns."""
+    pivots, info = (torch.empty(matrix.shape[:k], dtype=torch.int32) for k in (-1, -2))
+    torch.linalg.lu_factor_ex(matrix, out=(matrix, pivots, info))
+    return matrix, pivots
 
 
 # --- what the matrices are like ---------------------------------------------------------------------
