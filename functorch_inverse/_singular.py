@@ -5,7 +5,6 @@ import math
 import torch
 from torch import Tensor
 
-from functorch_inverse import _torch
 from functorch_inverse.errors import SingularJacobianError
 
 __all__ = ["column_sizes", "harmless", "named", "raise_if_singular", "singular", "suspect"]

@@ -3,14 +3,16 @@
 Direct ones factorise once for many right-hand sides. All are frozen and equal by value.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from functorch_inverse import _torch
+from functorch_inverse._chunks import check_chunk_size
 from functorch_inverse._dense import Matrix, factorised
+from functorch_inverse._lu import lu_of
 from functorch_inverse._singular import column_sizes, harmless, named, raise_if_singular, singular, suspect
 from functorch_inverse.errors import SingularJacobianError, StructureError
 from functorch_inverse.operators import JacobianOperator
@@ -41,14 +43,16 @@ class _Direct:
     """A solver by factors of the whole matrix."""
 
     on_singular: OnSingular = "raise"
+    chunk_size: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        check_chunk_size(type(self).__name__, self.chunk_size)
         if self.on_singular not in ("raise", "nan"):
             raise ValueError(f"`{type(self).__name__}`: `on_singular` is {self.on_singular!r}; choose 'raise' or 'nan'.")
 
     def factorise(self, operator: JacobianOperator) -> Matrix:
         """The factors of all samples, shared by all solves with them."""
-        return factorised(self, operator.as_matrix(), owned=True)  # type: ignore[arg-type]
+        return factorised(self, operator.as_matrix(self.chunk_size), owned=True)  # type: ignore[arg-type]
 
     def _refuse(self, bad: Tensor) -> None:
         """SingularJacobianError, where it is asked for and values can be looked at."""
@@ -64,6 +68,8 @@ class LU(_Direct):
         on_singular: "raise" gives a `SingularJacobianError` that names the samples; "nan" gives nan for
             those samples and leaves the others right. Where values cannot be looked at
             (torch.compile, fx tracing, CUDA graph capture) it is always nan.
+        chunk_size: how many rows of the Jacobian are pulled back through f at once, at most. None: as many as take a few
+            times the memory of the Jacobian itself. Fewer are slower and take less; the result is the same up to rounding.
 
     A matrix counts as singular where the rounding errors of its own factorisation,
     :math:`|E| \le n \epsilon\, |L||U|`, could hide a singular one; scaling rows or columns does not change the
@@ -75,10 +81,8 @@ class LU(_Direct):
 
     def factor(self, matrix: Tensor, *, owned: bool = False) -> tuple[Tensor, ...]:
         """(LU, pivots) of A^T, which lies in memory as LAPACK wants it."""
-        in_place = owned and matrix.shape[-1] >= _WORTH_OVERWRITING and matrix.is_contiguous() and matrix.is_cpu
         matrix = matrix.mT
-        sizes = column_sizes(matrix) if in_place else None
-        lu, pivots = _over(matrix) if in_place else torch.linalg.lu_factor_ex(matrix)[:2]
+        lu, pivots, sizes = lu_of(matrix, owned=owned)
         known = _torch.can_inspect(lu)
         if known and sizes is None and harmless(matrix, lu):
             return lu, pivots
@@ -112,7 +116,7 @@ class Cholesky(_Direct):
     r"""For a symmetric positive definite A, as at a minimum: :math:`A = L L^T`, half the work of `LU`.
 
     An A that is not symmetric is an error (its derivative would be silently wrong), one that is not positive
-    definite counts as singular, with `on_singular` as for `LU`.
+    definite counts as singular; `on_singular` and `chunk_size` are as for `LU`.
 
     Raises:
         StructureError: A is not symmetric.
@@ -160,7 +164,7 @@ class Triangular(_Direct):
     r"""For a triangular A, as of autoregressive f: by substitution, O(n^2) and no factorisation.
 
     Args:
-        on_singular: as for `LU`; A is singular where its diagonal has a zero.
+        on_singular, chunk_size: as for `LU`; A is singular where its diagonal has a zero.
         lower: whether A is lower triangular (part i of f depends on parts j <= i of y) or upper.
 
     Raises:
@@ -210,7 +214,7 @@ class LeastSquares(_Direct):
     :math:`A^+ = (A^T A)^{-1} A^T`.
 
     Args:
-        on_singular: as for `LU`; A must have full rank.
+        on_singular, chunk_size: as for `LU`; A must have full rank.
 
     Raises:
         SingularJacobianError: A does not have full rank; names the samples.
@@ -253,17 +257,6 @@ class LeastSquares(_Direct):
     def log_abs_det(self, factors: tuple[Tensor, ...]) -> Tensor:
         """A rectangular Jacobian has no determinant."""
         raise ValueError("LeastSquares: a rectangular Jacobian has no determinant; use LU().")
-
-
-# Fresh memory costs as much as a good part of the factorisation; a small matrix is looked at more cheaply afterwards.
-_WORTH_OVERWRITING = 16
-
-
-def _over(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """(LU, pivots) in the memory of a matrix of columns."""
-    pivots, info = (torch.empty(matrix.shape[:k], dtype=torch.int32) for k in (-1, -2))
-    torch.linalg.lu_factor_ex(matrix, out=(matrix, pivots, info))
-    return matrix, pivots
 
 
 # --- what the matrices are like ---------------------------------------------------------------------
