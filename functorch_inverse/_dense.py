@@ -27,8 +27,11 @@ __all__ = ["Factorisation", "Matrix", "factorised"]
 class Factorisation(Protocol):
     """How one kind of matrix is factorised and solved with: values alone, no derivative."""
 
-    def factor(self, matrix: Tensor) -> tuple[Tensor, ...]:
-        """The factors of a matrix (*batch, m, n); nan, or an error, where it has no (pseudo-)inverse."""
+    def factor(self, matrix: Tensor, *, owned: bool = False) -> tuple[Tensor, ...]:
+        """The factors of a matrix (*batch, m, n); nan, or an error, where it has no (pseudo-)inverse.
+
+        They may lie in the memory of a matrix that is `owned`.
+        """
         ...
 
     def apply(self, factors: tuple[Tensor, ...], b: Tensor, transpose: bool) -> Tensor:
@@ -52,11 +55,15 @@ class Matrix(Protocol):
         ...
 
 
-def factorised(kind: Factorisation, matrix: Tensor) -> Matrix:
-    """The factors of a matrix, shared by everything that is computed with it."""
+def factorised(kind: Factorisation, matrix: Tensor, *, owned: bool = False) -> Matrix:
+    """The factors of a matrix, shared by everything that is computed with it; `owned`: nobody else reads it."""
     if torch.compiler.is_dynamo_compiling():
         return _Inverse(matrix)
-    factors = kind.factor(matrix) if _torch.plain() else _Factorise.apply(matrix.detach(), kind)
+    if not _torch.plain():
+        return _Factors(kind, matrix, _Factorise.apply(matrix.detach(), kind))
+    factors = kind.factor(matrix, owned=owned)
+    if owned and factors[0].data_ptr() == matrix.data_ptr():
+        matrix = matrix.new_full((), torch.nan).expand_as(matrix)  # its values are gone, and nobody needs them
     return _Factors(kind, matrix, factors)
 
 

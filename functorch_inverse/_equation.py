@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from functorch_inverse import _torch
-from functorch_inverse._pullback import Function, Pullback, Tensors, jacobian
+from functorch_inverse._chunks import jacobian
+from functorch_inverse._pullback import Function, Pullback, Tensors
 from functorch_inverse._vectors import Layout, real_dtype
 from functorch_inverse.errors import StructureError
 

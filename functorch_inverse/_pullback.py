@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from functorch_inverse import _torch
+from functorch_inverse._chunks import nodes_below, rooted, widest
 from functorch_inverse._rows import jacobian_of_graph
-from functorch_inverse._vectors import real_dtype
 from functorch_inverse.errors import NoDerivativeError
 
-__all__ = ["Function", "Pullback", "check_graph", "in_torch", "jacobian", "pushforward"]
+__all__ = ["Function", "Pullback", "check_graph", "in_torch", "pushforward"]
 
 Tensors: TypeAlias = Sequence[Tensor]
 # (y leaves, theta leaves) -> x leaves
@@ -69,13 +69,17 @@ class Pullback:
         """df/dy times one set of tangents, as the transpose of `to_y`."""
         raise NotImplementedError
 
-    def matrix(self) -> Tensor | None:
-        """df/dy of vectors (*batch, rows, columns), where it can be had at once."""
+    def matrix(self, chunk: int) -> Tensor | None:
+        """df/dy of vectors (*batch, rows, columns) in memory of its own, so many rows at once, where there is a fast way."""
+        return None
+
+    def width(self) -> int | None:
+        """How many numbers the largest tensor from y to the outputs holds; None where all rows stay in a graph anyway."""
         return None
 
 
-# Fewer are faster one by one.
-_MANY_ROWS = 6
+# Fewer rows of fewer numbers are faster one by one.
+_MANY_ROWS, _MANY_NUMBERS = 6, 1024
 
 
 class _GraphPullback(Pullback):
@@ -100,12 +104,20 @@ class _GraphPullback(Pullback):
         zeros, pulled = self.transposed
         return self._run(pulled, tuple(zeros), tuple(tangents))
 
-    def matrix(self) -> Tensor | None:
-        if self.outputs[0].shape[-1] < _MANY_ROWS:
+    def matrix(self, chunk: int) -> Tensor | None:
+        out, y = self.outputs[0], self.y[0]
+        rows = out.shape[-1]
+        if not rows:
             return None
+        if rows == 1 or (rows < _MANY_ROWS and out.numel() < _MANY_NUMBERS):
+            units = torch.eye(rows, dtype=out.dtype, device=out.device).unbind()
+            return torch.stack([_torch.graph_grad((out,), (y,), (e.expand_as(out),))[0] for e in units], -2)
         # A backward written in Python may look at what it is given.
         known = not any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in self.nodes)
-        return jacobian_of_graph(self.outputs[0], self.y[0]) if known else None
+        return jacobian_of_graph(out, y, chunk) if known else None
+
+    def width(self) -> int | None:
+        return widest(self.nodes)
 
     def to_y(self, cotangents: Tensors) -> tuple[Tensor, ...]:
         return self._grad(self.y, cotangents)
@@ -133,7 +145,10 @@ class _RecordedPullback(_GraphPullback):
         self.outputs = _evaluate(f, self.y, leaves)
         check_graph(self.outputs, (*self.y, *self.theta))
 
-    def matrix(self) -> Tensor | None:
+    def matrix(self, chunk: int) -> Tensor | None:
+        return None
+
+    def width(self) -> int | None:
         return None
 
     def _run(self, outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -156,8 +171,11 @@ class _OpenPullback(_GraphPullback):
         tracked = any(t.requires_grad for t in y) or _graph(self.outputs, self.y)[1] is not None
         self.closed = not ((tracked and torch.is_grad_enabled()) or _torch.dual_level_open())
 
-    def matrix(self) -> Tensor | None:
+    def matrix(self, chunk: int) -> Tensor | None:
         return None
+
+    def width(self) -> int | None:
+        return widest(_graph(self.outputs, self.y)[0]) if self.closed else None
 
     def _run(self, outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         with torch.inference_mode(False), torch.enable_grad():
@@ -186,9 +204,13 @@ class _FuncPullback(Pullback):
     """By torch.func.vjp, differentiable by everything outside."""
 
     def __init__(self, f: Function, y: Tensors, theta: Tensors, wanted: Sequence[int]) -> None:
-        self.outputs, self.to_y_ = torch.func.vjp(lambda *y: _evaluate(f, y, _level(theta)), *y)
+        self.roots: list[Any] = []
+        self.outputs, self.to_y_ = torch.func.vjp(lambda *y: rooted(_evaluate(f, y, _level(theta)), self.roots), *y)
         self.f, self.y, self.theta, self.wanted = f, y, theta, wanted
         self.push_: Callable[..., Any] | None = None
+
+    def width(self) -> int | None:
+        return widest(nodes_below(self.roots))
 
     def push(self, tangents: Tensors) -> tuple[Tensor, ...]:
         if self.push_ is None:
@@ -272,28 +294,12 @@ def _graph(outputs: Tensors, known: Tensors) -> tuple[list[Any], Tensor | None]:
     seen: set[Any] = {None, *(t.grad_fn for t in known)}
     queue: list[Any] = [out.grad_fn for out in outputs if out.grad_fn not in seen]
     for node in queue:  # grows while it is walked
-        variable = getattr(node, "variable", None)
+        following_ones = node.next_functions
+        variable = None if following_ones else getattr(node, "variable", None)
         if variable is not None and id(variable) not in expected:
             foreign = variable
-        for following, _ in node.next_functions:
+        for following, _ in following_ones:
             if following not in seen:
                 seen.add(following)
                 queue.append(following)
     return queue, foreign
-
-
-def jacobian(pull: Callable[[Tensor], Tensor], batch: Sequence[int], rows: int, like: Tensor, *, plain: bool = False) -> Tensor:
-    """All rows of a per-sample Jacobian, (*batch, rows, columns).
-
-    `pull` takes cotangents of shape (*batch, rows) to (*batch, columns). Each row is one unit cotangent
-    expanded over all samples at once: f is evaluated for the whole batch, never per sample. `plain`: although a
-    graph is being built, no transform has to look at it.
-    """
-    basis = torch.eye(rows, dtype=real_dtype(like.dtype), device=like.device)
-    if not ((plain or _torch.plain()) and 0 < rows <= _LOOP_UP_TO):
-        return torch.vmap(lambda e: pull(e.expand(*batch, rows)))(basis).movedim(0, -2)
-    return torch.stack([pull(e.expand(*batch, rows)) for e in basis], -2)
-
-
-# Below, one plain backward a row is faster than a vmapped one; measured in benchmarks/.
-_LOOP_UP_TO = 64

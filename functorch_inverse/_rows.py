@@ -29,36 +29,49 @@ _ELEMENTWISE = {
 _DIVISIONS = (_aten.div.Tensor, _aten.div.Scalar)
 
 
-def jacobian_of_graph(output: Tensor, y: Tensor) -> Tensor | None:
+def jacobian_of_graph(output: Tensor, y: Tensor, chunk: int) -> Tensor | None:
     """A of shape (*batch, rows, columns) from the graph of output (*batch, rows) = f(y), y of shape (*batch, columns).
 
-    None where the graph has an operation without a rule here.
+    So many rows at once, in memory that nobody else reads. None where the graph has an operation without a rule here.
     """
-    unit = output.new_ones((*(1,) * (output.ndim - 1), output.shape[-1]))
+    rows = output.shape[-1]
     try:
-        (rows,) = _torch.graph_grad((output,), (y,), (_Rows(output.shape, output.shape[-1], None, unit),))
+        if chunk >= rows:
+            return _pulled(output, y, 0, rows)
+        result = output.new_empty((*output.shape, y.shape[-1]))
+        for start in range(0, rows, chunk):
+            stop = min(start + chunk, rows)
+            result[..., start:stop, :] = _pulled(output, y, start, stop)
     except NotImplementedError:
         return None
-    return rows.matrix() if isinstance(rows, _Rows) else None
+    return result
+
+
+def _pulled(output: Tensor, y: Tensor, start: int, stop: int) -> Tensor:
+    unit = output.new_ones((*(1,) * (output.ndim - 1), output.shape[-1]))
+    (found,) = _torch.graph_grad((output,), (y,), (_Rows(output.shape, (start, stop), None, unit),))
+    if not isinstance(found, _Rows):
+        raise NotImplementedError("rows of a Jacobian through something that lost them")
+    return found.matrix()
 
 
 class _Rows(Tensor):
-    """Cotangents for all rows; torch sees the shape of one.
+    """Cotangents for the rows of a window (start, stop); torch sees the shape of one.
 
     `dense` has the shape (*batch, rows, columns), `scale` (*batch, columns), where batch dims may be 1.
     """
 
-    rows: int
+    window: tuple[int, int]
     dense: Tensor | None
     scale: Tensor | None
     __torch_function__ = _torch.no_torch_function
 
     @staticmethod
-    def __new__(cls: Any, shape: Any, rows: int, dense: Tensor | None, scale: Tensor | None) -> "_Rows":
+    def __new__(cls: Any, shape: Any, window: tuple[int, int], dense: Tensor | None, scale: Tensor | None) -> "_Rows":
         like = scale if dense is None else dense
         assert like is not None
         self = _torch.wrapper(cls, shape, like)
-        self.rows, self.dense, self.scale = rows, dense, scale
+        self.window, self.dense, self.scale = window, dense, scale
         return self
 
     @classmethod
@@ -69,42 +82,53 @@ class _Rows(Tensor):
             raise NotImplementedError(f"no rule for rows of a Jacobian through {func}")
         return found
 
+    def own(self, numbers: Tensor) -> Tensor:
+        """Of one number for each row of the Jacobian, along the last dim, those of these rows."""
+        start, stop = self.window
+        return numbers if stop - start == numbers.shape[-1] else numbers[..., start:stop]
+
     def matrix(self) -> Tensor:
-        """All rows, (*shape[:-1], rows, shape[-1])."""
-        full = (*self.shape[:-1], self.rows, self.shape[-1])
-        if self.scale is None:
-            assert self.dense is not None
-            return self.dense.expand(full)
-        total = self.scale.new_zeros(full) if self.dense is None else self.dense.expand(full).clone()
-        total.diagonal(dim1=-2, dim2=-1).add_(self.scale)
+        """These rows, (*shape[:-1], rows, shape[-1]), in memory that nobody else reads."""
+        start, stop = self.window
+        full = (*self.shape[:-1], stop - start, self.shape[-1])
+        if self.dense is None:
+            assert self.scale is not None
+            total = self.scale.new_zeros(full)
+        else:
+            free = self.dense.shape == full and self.dense.is_contiguous()
+            total = self.dense if free else self.dense.expand(full).clone(memory_format=torch.contiguous_format)
+        if self.scale is not None:
+            total.diagonal(start, -2, -1).add_(self.own(self.scale))
         return total
 
 
 def _elementwise(func: Any, args: Any, kwargs: Any) -> _Rows | None:
-    places = [i for i, arg in enumerate(args) if isinstance(arg, _Rows)]
-    others = [arg for arg in args if isinstance(arg, Tensor) and not isinstance(arg, _Rows)]
-    if len(places) != 1 or (func in _DIVISIONS and places != [0]):
+    mine = [i for i, arg in enumerate(args) if isinstance(arg, _Rows)]
+    others = [i for i, arg in enumerate(args) if isinstance(arg, Tensor) and arg.ndim and i not in mine]
+    i, rows = mine[0], args[mine[0]]
+    if len(mine) > 1 or not rows.ndim or (func in _DIVISIONS and i):
         return None
-    (i,), rows = places, args[places[0]]
-    shape = torch.broadcast_shapes(rows.shape, *(t.shape for t in others))
-    if len(shape) != rows.ndim or shape[-1] != rows.shape[-1] or not rows.ndim:
-        return None
+    shape = rows.shape
+    if any(args[k].shape != shape for k in others):
+        shape = torch.broadcast_shapes(shape, *(args[k].shape for k in others))
+        if len(shape) != rows.ndim or shape[-1] != rows.shape[-1]:
+            return None
 
     def apply(part: Tensor | None, lift: bool) -> Tensor | None:
         if part is None:
             return None
-        lifted = [t.unsqueeze(-2) if lift and isinstance(t, Tensor) and t.ndim and t is not rows else t for t in args]
+        lifted = [arg.unsqueeze(-2) if lift and k in others else arg for k, arg in enumerate(args)]
         lifted[i] = part
         return func(*lifted, **kwargs)
 
-    return _Rows(shape, rows.rows, apply(rows.dense, True), apply(rows.scale, False))
+    return _Rows(shape, rows.window, apply(rows.dense, True), apply(rows.scale, False))
 
 
 def _add(func: Any, args: Any, kwargs: Any) -> _Rows | None:
     a, b = args
     if kwargs or not (isinstance(a, _Rows) and isinstance(b, _Rows) and a.shape == b.shape):
         return None
-    return _Rows(a.shape, a.rows, _sum(a.dense, b.dense), _sum(a.scale, b.scale))
+    return _Rows(a.shape, a.window, _sum(a.dense, b.dense), _sum(a.scale, b.scale))
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -113,20 +137,21 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 def _product(func: Any, args: Any, kwargs: Any) -> _Rows | None:
     rows, weight = args
-    if isinstance(weight, _Rows):
-        return None
-    dense = None if rows.dense is None else rows.dense @ weight
-    scaled = None if rows.scale is None else rows.scale.unsqueeze(-1) * weight
-    return _Rows((len(rows), weight.shape[-1]), rows.rows, _sum(dense, scaled), None)
+    return None if isinstance(weight, _Rows) else _through(rows, weight)
 
 
 def _product_with_vector(func: Any, args: Any, kwargs: Any) -> _Rows | None:
     matrix, rows = args
-    if isinstance(matrix, _Rows):
-        return None
-    dense = None if rows.dense is None else rows.dense @ matrix.mT
-    scaled = None if rows.scale is None else rows.scale.unsqueeze(-1) * matrix.mT
-    return _Rows((len(matrix),), rows.rows, _sum(dense, scaled), None)
+    return None if isinstance(matrix, _Rows) else _through(rows, matrix.mT)
+
+
+def _through(rows: _Rows, weight: Tensor) -> _Rows:
+    """All cotangents times a matrix (*shape[-1:], columns)."""
+    dense = None if rows.dense is None else rows.dense @ weight
+    if rows.scale is not None:
+        scale, own = rows.own(rows.scale).unsqueeze(-1), rows.own(weight.mT).mT
+        dense = scale * own if dense is None else torch.addcmul(dense, scale, own)
+    return _Rows((*rows.shape[:-1], weight.shape[-1]), rows.window, dense, None)
 
 
 def _view(func: Any, args: Any, kwargs: Any) -> _Rows | None:
@@ -142,7 +167,7 @@ def _view(func: Any, args: Any, kwargs: Any) -> _Rows | None:
         return (part if shared else part.expand(*rows.shape[:-1], *event)).reshape(*batch, *event)
 
     event = rows.shape[-1:]
-    return _Rows(shape, rows.rows, view(rows.dense, (rows.rows, *event)), view(rows.scale, event))
+    return _Rows(shape, rows.window, view(rows.dense, (rows.window[1] - rows.window[0], *event)), view(rows.scale, event))
 
 
 _RULES = dict.fromkeys(_ELEMENTWISE, _elementwise) | {

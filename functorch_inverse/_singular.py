@@ -1,40 +1,74 @@
 """Which matrices no derivative can be trusted through, decided by rounding errors; and how that is said."""
 
+import math
+
 import torch
 from torch import Tensor
 
-from functorch_inverse import _torch
 from functorch_inverse.errors import SingularJacobianError
 
-__all__ = ["named", "raise_if_singular", "singular", "suspect"]
+__all__ = ["column_sizes", "harmless", "named", "raise_if_singular", "singular", "suspect"]
 
 
 def _rounding(lu: Tensor) -> float:
     return lu.shape[-1] * torch.finfo(lu.dtype).eps
 
 
-def suspect(matrix: Tensor, lu: Tensor) -> Tensor:
-    """Which matrices are worth a closer look: where all pivots are of the size of their columns, nothing was lost."""
+def _needed(lu: Tensor) -> float:
+    return 1e4 * _rounding(lu)
+
+
+def column_sizes(matrix: Tensor) -> Tensor:
+    """The largest absolute value of each column, shape (*batch, n); nan and inf stay."""
+    if not matrix.shape[-2]:
+        return matrix.new_zeros((*matrix.shape[:-2], matrix.shape[-1]))
+    return torch.maximum(matrix.amax(-2), -matrix.amin(-2))  # abs() would make another matrix
+
+
+def suspect(lu: Tensor, sizes: Tensor | float) -> Tensor:
+    """Which matrices are worth a closer look: where all pivots are of the size of their columns, nothing was lost.
+
+    A pivot that has grown makes up for none that was lost.
+    """
+    kept = (lu.diagonal(dim1=-2, dim2=-1).abs() / sizes).clamp(max=1).prod(-1)
+    return ~(kept > _needed(lu))
+
+
+def harmless(matrix: Tensor, lu: Tensor) -> bool:
+    """Whether none is suspect, most often by the smallest pivot and the largest number of all matrices."""
     if not lu.numel():
-        return lu.new_zeros(lu.shape[:-2], dtype=torch.bool)
-    pivots, needed = lu.diagonal(dim1=-2, dim2=-1).abs(), 1e4 * _rounding(lu)
+        return True
+    least, size = (_extremes_of_few if lu.numel() <= _FEW else _extremes)(matrix, lu)
+    if least > size * min(_needed(lu), 1) ** (1 / lu.shape[-1]):
+        return True
+    return not suspect(lu, size).any()
+
+
+# So few numbers that Python reads them faster than torch starts to look.
+_FEW = 64
+
+
+def _extremes_of_few(matrix: Tensor, lu: Tensor) -> tuple[float, float]:
+    numbers, factors, n = matrix.flatten().tolist(), lu.flatten(0, -2).tolist(), lu.shape[-1]
+    size = max(map(abs, numbers))
+    finite = sum(numbers) - sum(numbers) == 0  # max ignores nan
+    return min(abs(row[i % n]) for i, row in enumerate(factors)), size if finite else math.inf
+
+
+def _extremes(matrix: Tensor, lu: Tensor) -> tuple[float, float]:
     smallest, largest = (matrix if matrix.is_contiguous() else matrix.mT).aminmax()  # in the order of memory
-    size = torch.maximum(largest, -smallest)  # of the largest column of all: most often that says enough
-    doubtful = ~((pivots / size).prod(-1) > needed)
-    if not (_torch.can_inspect(doubtful) and not doubtful.any()):
-        doubtful = ~((pivots / matrix.abs().amax(-2)).prod(-1) > needed)
-    return doubtful
+    return lu.diagonal(dim1=-2, dim2=-1).abs().amin().item(), max(largest.item(), -smallest.item())
 
 
 # The computed factors are exact for some A + E with |E| <= n eps |L||U|. So A cannot be told from a singular
 # matrix where n eps | A^-1 |L||U| | >= 1. The size of A^-1 |L||U| is found by one solve with signs in front of
 # |L||U| w, w the inverse column sizes of A: then scaling rows or columns changes nothing.
-def singular(matrix: Tensor, lu: Tensor, pivots: Tensor) -> Tensor:
+def singular(lu: Tensor, pivots: Tensor, sizes: Tensor) -> Tensor:
     """Which matrices are singular up to the rounding error of their own factorisation."""
-    n = lu.shape[-1]
-    size, unit = lu.abs(), torch.eye(n, dtype=lu.dtype, device=lu.device)
-    columns = matrix.abs().amax(-2).unsqueeze(-1)
-    probes = ((size.tril(-1) + unit) @ (size.triu() @ columns.reciprocal())) * _signs(n, lu)
+    n, columns = lu.shape[-1], sizes.unsqueeze(-1)
+    size = lu.abs()
+    above = size.triu() @ columns.reciprocal()
+    probes = (size.tril(-1) @ above + above) * _signs(n, lu)
     unpermuted = torch.arange(1, n + 1, dtype=pivots.dtype, device=lu.device).expand_as(pivots)
     found = torch.linalg.lu_solve(lu, unpermuted, probes)
     return ~(_rounding(lu) * (found * columns).abs().flatten(-2).amax(-1) < 1)

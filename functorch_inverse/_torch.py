@@ -79,6 +79,7 @@ __all__ = [
     "plain",
     "primal",
     "recording",
+    "shapes_into",
     "signed",
     "traced_derivatives_possible",
     "traced_transforms",
@@ -155,6 +156,11 @@ def graph_grad(outputs: Tensors, inputs: Tensors, cotangents: Tensors) -> Tensor
     """torch.autograd.grad of a graph that stays, with zeros where an input is not reached."""
     grads = _run_backward(outputs, cotangents, True, False, inputs, allow_unreachable=True, accumulate_grad=False)
     return tuple([torch.zeros_like(t) if g is None else g for t, g in zip(inputs, grads, strict=True)])
+
+
+def shapes_into(node: Any) -> list[Any]:
+    """The shapes of the gradients that a node of a graph takes."""
+    return [taken.shape for taken in getattr(node, "_input_metadata", ())]
 
 
 def is_live(tensor: Tensor) -> bool:

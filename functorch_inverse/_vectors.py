@@ -64,7 +64,7 @@ class Layout(NamedTuple):
     def unpack(self, vector: Tensor) -> tuple[Tensor, ...]:
         """The inverse of `pack`; each leaf in its own dtype."""
         if self.is_vector:
-            return (vector.to(self.dtypes[0]),)
+            return (vector if vector.dtype == self.dtypes[0] else vector.to(self.dtypes[0]),)
         parts = vector.split(self.sizes, -1) if len(self.sizes) > 1 else (vector,)
         return tuple(_leaf(p, s, t) for p, s, t in zip(parts, self.shapes, self.dtypes, strict=True))
 

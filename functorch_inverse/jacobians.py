@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from functorch_inverse import _torch
+from functorch_inverse._chunks import check_chunk_size, chunk_of, in_chunks, nodes_below, rooted, widest
 from functorch_inverse._solvers import SolverLike, as_solver
 from functorch_inverse._tree import Partition, Tree, event_dims, flatten, is_differentiable, unflatten
 from functorch_inverse._vectors import batch_shape, real_dtype
@@ -23,7 +24,9 @@ Tensors = tuple[Tensor, ...]
 _CALLER = "batch_jacobian"
 
 
-def batch_jacobian(f: Callable[..., Tree], y: Tree, *args: Any, event_dim: Tree = 1) -> Tree:
+def batch_jacobian(
+    f: Callable[..., Tree], y: Tree, *args: Any, event_dim: Tree = 1, chunk_size: int | None = None
+) -> Tree:
     r"""The Jacobian of each sample of a batch, from a few evaluations of f on the whole batch.
 
     .. math:: J_{b, i, j} = \partial f(y, \ldots)_{b, i} / \partial y_{b, j}
@@ -39,6 +42,8 @@ def batch_jacobian(f: Callable[..., Tree], y: Tree, *args: Any, event_dim: Tree 
         args: handed on to f.
         event_dim: how many trailing dims of each leaf of y make up one sample; an int, None (all of
             them), or a pytree prefix of those.
+        chunk_size: how many rows (or columns) are computed at once, at most. None: as many as take a few times the
+            memory of the Jacobian itself.
 
     Returns:
         A tensor of shape (*batch, *out_event, *in_event); for pytrees a tree of f's structure with trees of
@@ -48,6 +53,7 @@ def batch_jacobian(f: Callable[..., Tree], y: Tree, *args: Any, event_dim: Tree 
     Raises:
         StructureError: an output does not have the batch dims of y, or something is complex (there is no
             single matrix then; use torch.view_as_real).
+        ValueError: `chunk_size` is no positive int.
 
     Example:
         >>> y = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
@@ -56,6 +62,7 @@ def batch_jacobian(f: Callable[..., Tree], y: Tree, *args: Any, event_dim: Tree 
         <BLANKLINE>
                 [[4., 3.]]])
     """
+    check_chunk_size(_CALLER, chunk_size)
     partition, leaves = Partition.of(y, is_differentiable)
     dims = event_dims(event_dim, partition, leaves, _CALLER, "event_dim")
     batch = batch_shape(leaves, dims, _CALLER, "y")
@@ -67,7 +74,7 @@ def batch_jacobian(f: Callable[..., Tree], y: Tree, *args: Any, event_dim: Tree 
         _check(outputs, inputs, batch)
         return tuple(outputs)
 
-    rows = _jacobian(flat, leaves, batch)
+    rows = _jacobian(flat, leaves, batch, chunk_size)
     hollow = replace(partition, mould=(None,) * len(partition.mould))
     return unflatten(spec[0], [hollow.join(row) for row in rows])
 
@@ -79,6 +86,7 @@ def log_abs_det_jacobian(
     event_dim: Tree = 1,
     linear_solver: SolverLike = None,
     has_value: bool = False,
+    chunk_size: int | None = None,
 ) -> Any:
     r"""The logarithm of the volume by which f stretches space at y, one number for each sample.
 
@@ -98,6 +106,7 @@ def log_abs_det_jacobian(
         linear_solver: what factorises: `LU()` unless given; `Triangular(...)` for autoregressive f, which takes no
             factorisation; `Banded(lower, upper)`, O(n), where `Banded(0, 0)` says that f is elementwise; `Cholesky()`.
         has_value: return ``(f(y, *args), log|det|)``.
+        chunk_size: how many rows of the Jacobian are pulled back through f at once, as for `LU`, in place of the solver's own.
 
     Returns:
         A tensor of shape (*batch), or the pair. A complex number counts as two real ones.
@@ -115,7 +124,7 @@ def log_abs_det_jacobian(
     Flows for Probabilistic Modeling and Inference (2021), section 2.
     """
     caller = "log_abs_det_jacobian"
-    solver = as_solver(caller, linear_solver)
+    solver = _chunked(caller, as_solver(caller, linear_solver), chunk_size)
     partition, leaves = Partition.of(y, is_differentiable)
     if not leaves:
         raise StructureError(f"`{caller}`: y is {y!r}, without a floating tensor in it. Pass a tensor, or a pytree of those.")
@@ -134,6 +143,18 @@ def log_abs_det_jacobian(
         ladj = A.derivative().abs().log() if A.elementwise else _with_determinant(caller, solver, A).log_abs_det()
     ladj = ladj.to(real_dtype(leaves[0].dtype))
     return (unflatten(spec[0], A.pullback.values), ladj) if has_value else ladj
+
+
+def _chunked(caller: str, solver: LinearSolver, chunk_size: int | None) -> Any:
+    check_chunk_size(caller, chunk_size)
+    if chunk_size is None:
+        return solver
+    if not hasattr(solver, "chunk_size"):
+        raise ValueError(
+            f"`{caller}`: `chunk_size` is given, but linear_solver={solver!r} does not build the Jacobian row by row; leave it "
+            "out, or choose LU(), Cholesky() or Triangular()."
+        )
+    return replace(solver, chunk_size=chunk_size)  # type: ignore[type-var]
 
 
 def _with_determinant(caller: str, solver: LinearSolver, A: JacobianOperator) -> Any:
@@ -162,15 +183,20 @@ def _check_square(caller: str, A: JacobianOperator) -> None:
         )
 
 
-def _jacobian(f: Callable[..., Tensors], y: Sequence[Tensor], batch: torch.Size) -> list[Tensors]:
+def _jacobian(
+    f: Callable[..., Tensors], y: Sequence[Tensor], batch: torch.Size, chunk_size: int | None
+) -> list[Tensors]:
     """For each output the Jacobians to each input."""
-    outputs, pull = torch.func.vjp(f, *y)
+    roots: list[Any] = []
+    outputs, pull = torch.func.vjp(lambda *y: rooted(f(*y), roots), *y)
     sizes = [prod(t.shape[len(batch) :]) for t in (*y, *outputs)]
-    if sum(sizes[: len(y)]) < sum(sizes[len(y) :]) and _torch.forward_mode_available():
-        columns = _forward(f, y, outputs, batch)
+    ins, outs = sum(sizes[: len(y)]), sum(sizes[len(y) :])
+    chunk = chunk_of(chunk_size, max(ins, outs), batch.numel() * ins * outs, lambda: widest(nodes_below(roots)))
+    if ins < outs and _torch.forward_mode_available():
+        columns = _forward(f, y, outputs, batch, chunk)
         if columns is not None:
             return columns
-    return [_rows(pull, outputs, i, y, batch) for i in range(len(outputs))]
+    return [_rows(pull, outputs, i, y, batch, chunk) for i in range(len(outputs))]
 
 
 def _check(outputs: Sequence[Any], y: Sequence[Tensor], batch: torch.Size) -> None:
@@ -196,7 +222,7 @@ def _unit(like: Tensor, batch: torch.Size) -> Tensor:
     return basis.reshape((n, *(1,) * len(batch), *event)).expand((n, *batch, *event))
 
 
-def _rows(pull: Any, outputs: Tensors, i: int, y: Sequence[Tensor], batch: torch.Size) -> Tensors:
+def _rows(pull: Any, outputs: Tensors, i: int, y: Sequence[Tensor], batch: torch.Size, chunk: int) -> Tensors:
     """Reverse mode: one cotangent for each number of output i."""
     event = outputs[i].shape[len(batch) :]
     if not prod(event):
@@ -205,7 +231,7 @@ def _rows(pull: Any, outputs: Tensors, i: int, y: Sequence[Tensor], batch: torch
     def row(cotangent: Tensor) -> Tensors:
         return pull(tuple(cotangent if j == i else torch.zeros_like(o) for j, o in enumerate(outputs)))
 
-    grads = torch.vmap(row)(_unit(outputs[i], batch))
+    grads = in_chunks(row, _unit(outputs[i], batch), chunk)
     moved = (g.movedim(0, len(batch)) for g in grads)
     return tuple(g.reshape((*batch, *event, *t.shape[len(batch) :])) for g, t in zip(moved, y, strict=True))
 
@@ -214,11 +240,13 @@ def _rows(pull: Any, outputs: Tensors, i: int, y: Sequence[Tensor], batch: torch
 _FORWARD_MODE = threading.RLock()
 
 
-def _forward(f: Callable[..., Tensors], y: Sequence[Tensor], outputs: Tensors, batch: torch.Size) -> list[Tensors] | None:
+def _forward(
+    f: Callable[..., Tensors], y: Sequence[Tensor], outputs: Tensors, batch: torch.Size, chunk: int
+) -> list[Tensors] | None:
     """Forward mode: one tangent for each number of an input; None where some operation has no forward rule."""
     try:
         with _FORWARD_MODE:
-            columns = [_columns(f, y, i, batch) for i in range(len(y))]
+            columns = [_columns(f, y, i, batch, chunk) for i in range(len(y))]
     except NotImplementedError:
         return None
     # A Python number times a 0-d dual number turns float32 tangents into float64 ones.
@@ -227,10 +255,10 @@ def _forward(f: Callable[..., Tensors], y: Sequence[Tensor], outputs: Tensors, b
     return list(zip(*columns, strict=True))
 
 
-def _columns(f: Callable[..., Tensors], y: Sequence[Tensor], i: int, batch: torch.Size) -> Tensors:
+def _columns(f: Callable[..., Tensors], y: Sequence[Tensor], i: int, batch: torch.Size, chunk: int) -> Tensors:
     def column(tangent: Tensor) -> Tensors:
         tangents = tuple(tangent if j == i else torch.zeros_like(t) for j, t in enumerate(y))
         return torch.func.jvp(f, tuple(t.contiguous() for t in y), tangents)[1]
 
-    moved = torch.vmap(column)(_unit(y[i], batch))
+    moved = in_chunks(column, _unit(y[i], batch), chunk)
     return tuple(t.movedim(0, -1).reshape((*t.shape[1:], *y[i].shape[len(batch) :])) for t in moved)

@@ -3,15 +3,17 @@
 Direct ones factorise once for many right-hand sides. All are frozen and equal by value.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from functorch_inverse import _torch
+from functorch_inverse._chunks import check_chunk_size
 from functorch_inverse._dense import Matrix, factorised
-from functorch_inverse._singular import named, raise_if_singular, singular, suspect
+from functorch_inverse._lu import lu_of
+from functorch_inverse._singular import column_sizes, harmless, named, raise_if_singular, singular, suspect
 from functorch_inverse.errors import SingularJacobianError, StructureError
 from functorch_inverse.operators import JacobianOperator
 
@@ -41,14 +43,16 @@ class _Direct:
     """A solver by factors of the whole matrix."""
 
     on_singular: OnSingular = "raise"
+    chunk_size: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        check_chunk_size(type(self).__name__, self.chunk_size)
         if self.on_singular not in ("raise", "nan"):
             raise ValueError(f"`{type(self).__name__}`: `on_singular` is {self.on_singular!r}; choose 'raise' or 'nan'.")
 
     def factorise(self, operator: JacobianOperator) -> Matrix:
         """The factors of all samples, shared by all solves with them."""
-        return factorised(self, operator.as_matrix())  # type: ignore[arg-type]
+        return factorised(self, operator.as_matrix(self.chunk_size), owned=True)  # type: ignore[arg-type]
 
     def _refuse(self, bad: Tensor) -> None:
         """SingularJacobianError, where it is asked for and values can be looked at."""
@@ -64,6 +68,8 @@ class LU(_Direct):
         on_singular: "raise" gives a `SingularJacobianError` that names the samples; "nan" gives nan for
             those samples and leaves the others right. Where values cannot be looked at
             (torch.compile, fx tracing, CUDA graph capture) it is always nan.
+        chunk_size: how many rows of the Jacobian are pulled back through f at once, at most. None: as many as take a few
+            times the memory of the Jacobian itself. Fewer are slower and take less; the result is the same up to rounding.
 
     A matrix counts as singular where the rounding errors of its own factorisation,
     :math:`|E| \le n \epsilon\, |L||U|`, could hide a singular one; scaling rows or columns does not change the
@@ -73,21 +79,27 @@ class LU(_Direct):
     and 3.5 (condition estimation).
     """
 
-    def factor(self, matrix: Tensor) -> tuple[Tensor, ...]:
+    def factor(self, matrix: Tensor, *, owned: bool = False) -> tuple[Tensor, ...]:
         """(LU, pivots) of A^T, which lies in memory as LAPACK wants it."""
         matrix = matrix.mT
-        lu, pivots, _ = torch.linalg.lu_factor_ex(matrix)
-        doubtful = suspect(matrix, lu)
-        if _torch.can_inspect(lu) and not doubtful.any():
+        lu, pivots, sizes = lu_of(matrix, owned=owned)
+        known = _torch.can_inspect(lu)
+        if known and sizes is None and harmless(matrix, lu):
             return lu, pivots
-        finite = _finite(matrix)
-        bad = finite & doubtful & singular(matrix, lu, pivots)
+        sizes = column_sizes(matrix) if sizes is None else sizes
+        doubtful = suspect(lu, sizes)
+        if known and not doubtful.any():
+            return lu, pivots
+        finite = sizes.isfinite().all(-1)
+        bad = finite & doubtful & singular(lu, pivots, sizes)
         self._refuse(bad)
         return lu.masked_fill_((bad | ~finite)[..., None, None], torch.nan), pivots
 
     def apply(self, factors: tuple[Tensor, ...], b: Tensor, transpose: bool) -> Tensor:
         """A^-1 b, or A^-T b."""
         n, columns = b.shape[-2:]
+        if n == 1:
+            return b / factors[0]
         if columns <= 2 * n:
             return torch.linalg.lu_solve(*factors, b, adjoint=not transpose)
         # As accurate up to a small factor, and a matrix product is several times as fast as substitution.
@@ -104,7 +116,7 @@ class Cholesky(_Direct):
     r"""For a symmetric positive definite A, as at a minimum: :math:`A = L L^T`, half the work of `LU`.
 
     An A that is not symmetric is an error (its derivative would be silently wrong), one that is not positive
-    definite counts as singular, with `on_singular` as for `LU`.
+    definite counts as singular; `on_singular` and `chunk_size` are as for `LU`.
 
     Raises:
         StructureError: A is not symmetric.
@@ -121,7 +133,7 @@ class Cholesky(_Direct):
     Source: Golub and Van Loan, Matrix Computations, 4th edition, section 4.2.
     """
 
-    def factor(self, matrix: Tensor) -> tuple[Tensor, ...]:
+    def factor(self, matrix: Tensor, *, owned: bool = False) -> tuple[Tensor, ...]:
         """(L,)."""
         lower, info = torch.linalg.cholesky_ex(matrix)
         finite, n = _finite(matrix), matrix.shape[-1]
@@ -152,7 +164,7 @@ class Triangular(_Direct):
     r"""For a triangular A, as of autoregressive f: by substitution, O(n^2) and no factorisation.
 
     Args:
-        on_singular: as for `LU`; A is singular where its diagonal has a zero.
+        on_singular, chunk_size: as for `LU`; A is singular where its diagonal has a zero.
         lower: whether A is lower triangular (part i of f depends on parts j <= i of y) or upper.
 
     Raises:
@@ -172,7 +184,7 @@ class Triangular(_Direct):
 
     lower: bool = True
 
-    def factor(self, matrix: Tensor) -> tuple[Tensor, ...]:
+    def factor(self, matrix: Tensor, *, owned: bool = False) -> tuple[Tensor, ...]:
         """(A,)."""
         finite = _finite(matrix)
         other = matrix.triu(1) if self.lower else matrix.tril(-1)
@@ -202,7 +214,7 @@ class LeastSquares(_Direct):
     :math:`A^+ = (A^T A)^{-1} A^T`.
 
     Args:
-        on_singular: as for `LU`; A must have full rank.
+        on_singular, chunk_size: as for `LU`; A must have full rank.
 
     Raises:
         SingularJacobianError: A does not have full rank; names the samples.
@@ -221,7 +233,7 @@ class LeastSquares(_Direct):
 
     rectangular = True
 
-    def factor(self, matrix: Tensor) -> tuple[Tensor, ...]:
+    def factor(self, matrix: Tensor, *, owned: bool = False) -> tuple[Tensor, ...]:
         """(Q, R) of A, or of A^T where that is the tall one."""
         wide = matrix.shape[-2] < matrix.shape[-1]
         finite = _finite(matrix)

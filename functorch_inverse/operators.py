@@ -1,6 +1,6 @@
 r"""The Jacobian of an equation at a point, as an operator: what a linear solver sees.
 
-    f(y, theta) = x,    A = df/dy,    mv: A v,    rmv: A^T w
+f(y, theta) = x,    A = df/dy,    mv: A v,    rmv: A^T w
 """
 
 import functools
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from functorch_inverse import _torch
-from functorch_inverse._pullback import Function, Pullback, Tensors, jacobian
+from functorch_inverse._chunks import chunk_of, jacobian
+from functorch_inverse._pullback import Function, Pullback, Tensors
 from functorch_inverse._vectors import Layout, batch_shape, real_dtype
 from functorch_inverse.errors import StructureError
 
@@ -96,11 +97,12 @@ class JacobianOperator:
         ones = torch.ones((), dtype=out.dtype, device=out.device).expand_as(out)
         return self._froze(self.pullback.to_y((ones,))[0])
 
-    def as_matrix(self) -> Tensor:
-        """A of shape (*batch, rows, columns), by one pass of f backward for each row, or at once."""
-        A, vectors = self.pullback, self.inputs.is_vector and self.outputs.is_vector
-        if not vectors or (matrix := A.matrix()) is None:
-            matrix = jacobian(self._pull, self.batch, self.outputs.size, A.outputs[0], plain=A.in_open_graph)
+    def as_matrix(self, chunk_size: int | None = None) -> Tensor:
+        """A of shape (*batch, rows, columns), by one pass of f backward for each row, or for `chunk_size` rows at once."""
+        A, vectors, (rows, columns) = self.pullback, self.inputs.is_vector and self.outputs.is_vector, self.shape
+        chunk = chunk_of(chunk_size, rows, self.batch.numel() * rows * columns, A.width)
+        if not vectors or (matrix := A.matrix(chunk)) is None:
+            matrix = jacobian(self._pull, self.batch, rows, A.outputs[0], chunk=chunk, plain=A.in_open_graph)
         return self._froze(matrix.float() if matrix.dtype in (torch.float16, torch.bfloat16) else matrix)
 
     def rows(self, cotangents: Tensor) -> Tensor:

@@ -1,0 +1,22 @@
+"""LU factors, in the memory of the matrix where nobody else needs it."""
+
+import torch
+from torch import Tensor
+
+from functorch_inverse._singular import column_sizes
+
+__all__ = ["lu_of"]
+
+# Fresh memory costs as much as a good part of the factorisation; of a small matrix, a copy costs nothing.
+_WORTH_OVERWRITING = 16
+
+
+def lu_of(columns: Tensor, *, owned: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(LU, pivots) of a matrix (*batch, n, n), best stored by columns; where it was overwritten, the sizes of its columns."""
+    fits = columns.is_cpu and columns.shape[-1] >= _WORTH_OVERWRITING and columns.mT.is_contiguous()
+    if not (owned and fits):
+        return *torch.linalg.lu_factor_ex(columns)[:2], None
+    sizes = column_sizes(columns)
+    pivots, info = (torch.empty(columns.shape[:k], dtype=torch.int32) for k in (-1, -2))
+    torch.linalg.lu_factor_ex(columns, out=(columns, pivots, info))
+    return columns, pivots, sizes
