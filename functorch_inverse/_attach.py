@@ -74,6 +74,17 @@ def _apply(rule: Rule, n_y: int, n_x: int, tensors: Tensors) -> tuple[Tensor, ..
     return function.apply(rule, n_y, n_x, *tensors)
 
 
+def _keep(ctx: Any, rule: Rule, n_y: int, n_x: int, tensors: Tensors, output: Tensors) -> None:
+    """What the derivatives will need."""
+    ctx.rule, ctx.n_y, ctx.n_x, ctx.kept = rule, n_y, n_x, (None, None)
+    ctx.x = [Like(t.shape, t.dtype) for t in tensors[n_y : n_y + n_x]]
+    # y is saved as an output: its own dependence on x and theta gives the higher orders.
+    saved = (*output, *tensors[n_y + n_x :])
+    ctx.save_for_backward(*saved)
+    ctx.save_for_forward(*saved)
+    ctx.set_materialize_grads(False)
+
+
 class _Attach(Function):
     @staticmethod
     @_torch.signed
@@ -83,13 +94,7 @@ class _Attach(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         rule, n_y, n_x, *tensors = inputs
-        x, theta = tensors[n_y : n_y + n_x], tensors[n_y + n_x :]
-        ctx.rule, ctx.n_y, ctx.n_x, ctx.kept = rule, n_y, n_x, (None, None)
-        ctx.x = tuple([Like(t.shape, t.dtype) for t in x])
-        # y is saved as an output: its own dependence on x and theta gives the higher orders.
-        ctx.save_for_backward(*output, *theta)
-        ctx.save_for_forward(*output, *theta)
-        ctx.set_materialize_grads(False)
+        _keep(ctx, rule, n_y, n_x, tensors, output)
 
     @staticmethod
     def backward(ctx: Any, *v: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -144,7 +149,7 @@ class _Plain(Function):
     @staticmethod
     def forward(ctx: Any, rule: Rule, n_y: int, n_x: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         output = tuple([t.detach() for t in tensors[:n_y]])
-        _Attach.setup_context(ctx, (rule, n_y, n_x, *tensors), output)
+        _keep(ctx, rule, n_y, n_x, tensors, output)
         return output
 
     backward, jvp = staticmethod(_Attach.backward), staticmethod(_Attach.jvp)

@@ -6,7 +6,6 @@ What any other call has to find out about pytrees, event dims and closures is ke
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,8 +42,11 @@ def solve_inverse(problem: InverseProblem, x: Tree, args: tuple[Tree, ...], kwar
         return solve(problem, x, args, kwargs)
     plain = [t.detach() for t in (*given, *inner.tensors)]
     n = len(given)
-    with nullcontext() if grad else torch.enable_grad(), inner.running(plain[n:]):
-        result = problem.g(*plain[:n])
+    if grad and not inner.tensors:
+        result = problem.g(*plain)
+    else:
+        with torch.enable_grad(), inner.running(plain[n:]):
+            result = problem.g(*plain[:n])
     y = output(result, x, plain) if is_array(result) else None
     if y is None or y.shape != x.shape or y.dtype is not x.dtype:
         return solve(replace(problem, g=_Returned(result)), x, args, {})
@@ -60,7 +62,7 @@ def _captured(problem: InverseProblem, which: int) -> Captured:
     sight: Sight = problem.sees[which]
     last: Captured | None = problem.kept.get(which)
     reach = sight.reach()
-    if last is not None and last.reach is reach and last.captures_nothing_still():
+    if last is not None and last.reach is reach and (not reach.tensors or last.captures_nothing_still()):
         return last
     problem.kept[which] = captured = Captured.of(sight, reach=reach)
     if captured.tensors:

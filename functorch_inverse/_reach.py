@@ -103,7 +103,10 @@ class _Trail:
         now, same = gc.get_referents(*self.holders), operator.is_
         if len(now) != len(self.parts) or not all(map(same, now, self.parts)):
             return False
-        return all(all(map(same, map(get, names), found)) for get, names, found in self.looks)
+        for get, names, found in self.looks:  # noqa: SIM110 (a generator takes as long again)
+            if not all(map(same, map(get, names), found)):
+                return False
+        return True
 
 
 class _Walk:

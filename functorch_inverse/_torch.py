@@ -121,7 +121,9 @@ def recording() -> bool:
 
 def undisturbed() -> bool:
     """Whether nothing but plain autograd takes part in what is computed now."""
-    return not (transforms_active() or dual_level_open() or _is_torch_function_mode_enabled())
+    if torch.compiler.is_dynamo_compiling() or _are_functorch_transforms_active():
+        return False
+    return forward_ad._current_level < 0 and not _is_torch_function_mode_enabled()
 
 
 def function_mode_active() -> bool:
