@@ -8,6 +8,8 @@ from torch import nn
 
 import functorch_inverse as fi
 from functorch_inverse import operators
+from functorch_inverse._pullback import Pullback
+from functorch_inverse._rows import jacobian_of_graph
 
 N = 8
 torch.manual_seed(0)
@@ -68,6 +70,35 @@ def test_as_by_autograd(name, batch):
     assert_close(got, (want,), 1e-5 if name == "precision" else 1e-9)
 
 
+@pytest.mark.parametrize("batch", [(), (5,), (2, 3), (0,)])
+@pytest.mark.parametrize("chunk", [1, 3, N - 1, N, N + 2])
+@pytest.mark.parametrize("name", ["layer", "quotient", "elementwise", "linear", "scaled", "products"])
+def test_some_rows_at_once(name, chunk, batch):
+    """Each row is the same, with however many others it is pulled back."""
+    f, y = FUNCTIONS[name], torch.randn(*batch, N, dtype=torch.float64)
+    equation = operators.Equation("test", lambda y, _: (f(*y),), (1,), (1,))
+    with torch.no_grad():
+        got = operators.JacobianOperator(equation, (y,), ()).as_matrix(chunk)
+    rows = [torch.autograd.functional.jacobian(f, sample) for sample in y.reshape(-1, N)]
+    want = torch.stack(rows).reshape(*batch, N, N) if rows else y.new_zeros(*batch, N, N)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["layer", "linear", "scaled"])
+@pytest.mark.parametrize("batch", [(1,), (3,)])
+def test_the_rows_have_memory_of_their_own(name, batch):
+    """They are overwritten by their factors: neither f's own matrices nor one row shared by all samples may lie there."""
+    f, y, before = FUNCTIONS[name], torch.randn(*batch, N, dtype=torch.float64), A.clone()
+    with torch.no_grad():
+        graph = Pullback.of(lambda y, _: (f(*y),), (y,), (), ())
+        first = jacobian_of_graph(graph.outputs[0], graph.y[0], N)
+        want = first.clone()
+        assert first.is_contiguous()
+        first.fill_(torch.nan)
+        torch.testing.assert_close(jacobian_of_graph(graph.outputs[0], graph.y[0], N), want, rtol=0, atol=0)
+    assert torch.equal(A, before)
+
+
 def test_one_pass_for_all_rows(monkeypatch):
     """n backward passes of f would be the cost of n samples."""
     monkeypatch.setattr(operators, "jacobian", None)
@@ -84,3 +115,20 @@ def test_a_shared_jacobian_is_not_changed():
     y = fi.custom_inverse(lambda x: x, FUNCTIONS["linear"], event_dim=1)(x)
     torch.autograd.grad(y.sum(), x)
     assert torch.equal(A, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [(), (3,), (2000,), (0,)])
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_small_vectors(n, batch, dtype):
+    """One backward pass a row where there are few and small ones, all at once for many samples; not contiguous, too."""
+    y = torch.linspace(-1, 1, 2 * n * max(torch.Size(batch).numel(), 1), dtype=dtype)[: 2 * n * torch.Size(batch).numel()]
+    y, B = y.reshape(*batch, 2 * n)[..., ::2], (A[:n, :n] / 8).to(dtype)
+    x = y.clone().requires_grad_()
+    v = y.cos()
+    (got,) = torch.autograd.grad(fi.custom_inverse(lambda x: y.clone(), lambda y: y + y**3 @ B, event_dim=1)(x), x, v)
+    wide = torch.float32 if dtype is torch.bfloat16 else dtype
+    J = torch.eye(n, dtype=wide) + 3 * B.to(wide).mT * (y.to(wide) ** 2).unsqueeze(-2)
+    want = torch.linalg.solve(J.mT, v.to(wide).unsqueeze(-1)).squeeze(-1).to(dtype)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
