@@ -30,6 +30,15 @@ class Doubled(torch.autograd.Function):
         return 2 * g
 
 
+MASK = torch.arange(N, dtype=torch.float64) % 2
+INNER = nn.Sequential(nn.Linear(N // 2, 5), nn.ReLU(), nn.Linear(5, N)).double().requires_grad_(False)
+
+
+def real_nvp(a, b):
+    scale, shift = INNER(a).chunk(2, -1)
+    return torch.cat([a, b * torch.exp(torch.tanh(scale)) + shift], -1)
+
+
 def put(y):
     z = y.clone()
     z[..., 0] = y[..., 1]
@@ -54,12 +63,31 @@ FUNCTIONS = {
     "batched products": lambda y: 2 * y + (A @ y.sin().unsqueeze(-1)).squeeze(-1),
     "precision": lambda y: 2 * y + torch.tanh(y.float() @ A.float()).double(),
     "python": lambda y: y + Doubled.apply(y),
+    "real NVP": lambda y: real_nvp(*y.chunk(2, -1)),
+    "masked coupling": lambda y: MASK * y + (1 - MASK) * (y * torch.exp(torch.tanh((MASK * y) @ A)) + (MASK * y) @ A.mT),
+    "planar": lambda y: y + A[0] * torch.tanh(y @ A[1]).unsqueeze(-1),
+    "radial": lambda y: 2 * y + y / (1 + y.norm(dim=-1, keepdim=True)),
+    "products by name": lambda y: 2 * y + torch.einsum("...i,ji->...j", y.sin(), A),
+    "reversed": lambda y: 2 * y.flip(-1) + 0.1 * y.roll(1, -1) ** 2,
+    "running sums": lambda y: 2 * y + y.cumsum(-1).tanh(),
+    "neighbours": lambda y: torch.cat([2 * y[..., :1], 2 * y[..., 1:] + 0.1 * y[..., :-1] ** 2], -1),
+    "one by one": lambda y: torch.stack([2 * y[..., 0] + y[..., 1].sin(), *(3 * y[..., i] for i in range(1, N))], -1),
+    "clamped": lambda y: 2 * y + y.clamp(-0.5, 0.5) + y.masked_fill(y > 1, 0.0) * y.flip(-1),
+    "pieces": lambda y: torch.cat([2 * t + t.prod(-1, keepdim=True) for t in y.split([1, 3, N - 4], -1)], -1),
+    "as a matrix": lambda y: 2 * y + (torch.tanh(y.unflatten(-1, (2, -1))) @ A[:4, :4]).mT.flatten(-2),
+    "heads": lambda y: 2 * y + torch.bmm(y.reshape(-1, 2, 4).sin(), A[:4, :4].expand(y.numel() // N, 4, 4)).reshape(y.shape),
+    "two ways to mix": lambda y: (lambda h: h + torch.tanh(h @ A))(3 * y + y.flip(-1) + y.roll(1, -1)),
+    "the mean of all": lambda y: 2 * y + y.sin().mean(-1, keepdim=True).expand_as(y) * y,
 }
+MIXING = list(FUNCTIONS)[-15:]
 
 
-@pytest.mark.parametrize("batch", [(), (5,), (2, 3)])
+@pytest.mark.parametrize("batch", [(), (5,), (2, 3), (N,), (1, N)])
+@pytest.mark.parametrize("least", [1, 16])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_as_by_autograd(name, batch):
+def test_as_by_autograd(name, batch, least, monkeypatch):
+    """Also where there are as many samples as numbers in each, so that no dim may be taken for another."""
+    monkeypatch.setattr("functorch_inverse._rows._WORTH_MIXING", least)
     f = FUNCTIONS[name]
     y = torch.randn(*batch, N, dtype=torch.float64)
     x = f(y).detach().requires_grad_()
@@ -106,6 +134,21 @@ def test_one_pass_for_all_rows(monkeypatch):
     for name in ("layer", "network", "elementwise", "linear"):
         y = torch.randn(4, N, dtype=torch.float64)
         torch.autograd.grad(fi.custom_inverse(lambda x, y=y: y, FUNCTIONS[name], event_dim=1)(x).sum(), x)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, N])
+@pytest.mark.parametrize("batch", [(4,), (N,), (2, 3)])
+@pytest.mark.parametrize("name", MIXING)
+def test_mixed_numbers_by_one_pass(name, batch, chunk, monkeypatch):
+    """Slices, sums, permutations and products need no pass for each row either."""
+    monkeypatch.setattr("functorch_inverse._rows._WORTH_MIXING", 1)
+    f, y = FUNCTIONS[name], torch.randn(*batch, N, dtype=torch.float64)
+    with torch.no_grad():
+        graph = Pullback.of(lambda y, _: (f(*y),), (y,), (), ())
+        got = jacobian_of_graph(graph.outputs[0], graph.y[0], chunk)
+    assert got is not None
+    rows = [torch.autograd.functional.jacobian(f, sample) for sample in y.reshape(-1, N)]
+    torch.testing.assert_close(got, torch.stack(rows).reshape(*batch, N, N), rtol=0, atol=1e-12)
 
 
 def test_a_shared_jacobian_is_not_changed():
