@@ -72,7 +72,7 @@ class LU(_Direct):
             times the memory of the Jacobian itself. Fewer are slower and take less; the result is the same up to rounding.
 
     A matrix counts as singular where the rounding errors of its own factorisation,
-    :math:`|E| \le n \epsilon\, |L||U|`, could hide a singular one; scaling rows or columns does not change the
+    :math:`|E| \approx \min(n, 4)\, \epsilon\, |L||U|`, could hide a singular one; scaling rows or columns does not change the
     verdict. A matrix with nan or inf gives nan in its own sample and is not called singular.
 
     Source: Golub and Van Loan, Matrix Computations, 4th edition, sections 3.3 (rounding errors)

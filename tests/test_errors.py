@@ -73,6 +73,28 @@ def test_something_that_cannot_be_called(g, f, name):
         fi.custom_inverse(g, f)
 
 
+@pytest.mark.parametrize("chunk_size", [0, -2, 2.5, True, "3"])
+@pytest.mark.parametrize("solver", [fi.LU, fi.Cholesky, fi.Triangular, fi.LeastSquares])
+def test_chunk_size_is_a_positive_int(solver, chunk_size):
+    said = re.escape(f"`{solver.__name__}`: `chunk_size` is {chunk_size!r}")
+    with pytest.raises(ValueError, match=words(said, "positive int", "None")):
+        solver(chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("chunk_size", [0, -2, 2.5, True, "3"])
+@pytest.mark.parametrize("function", [fi.batch_jacobian, fi.log_abs_det_jacobian])
+def test_chunk_size_of_a_jacobian_is_a_positive_int(function, chunk_size):
+    said = re.escape(f"`{function.__name__}`: `chunk_size` is {chunk_size!r}")
+    with pytest.raises(ValueError, match=words(said, "positive int", "None")):
+        function(torch.sin, torch.ones(2), chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("solver", [fi.Banded(1, 1), fi.GMRES()])
+def test_chunk_size_where_there_are_no_rows(solver):
+    with pytest.raises(ValueError, match=words("log_abs_det_jacobian", "chunk_size", "leave it out", r"LU\(\)")):
+        fi.log_abs_det_jacobian(torch.sin, torch.ones(2), linear_solver=solver, chunk_size=3)
+
+
 def test_unknown_option_of_lu():
     with pytest.raises(ValueError, match=words("LU", "on_singular", "'ignore'", "'raise'", "'nan'")):
         fi.LU(on_singular="ignore")
@@ -358,6 +380,43 @@ def test_rank_deficient_is_singular_at_any_size(n):
     h = fi.custom_inverse(lambda x: x, lambda y: (M @ y[..., None])[..., 0], event_dim=1)
     with pytest.raises(fi.SingularJacobianError, match="50 of 50"):
         h(torch.zeros(50, n, dtype=torch.float64, requires_grad=True)).sum().backward()
+
+
+@pytest.mark.parametrize("n", [8, 16, 48, 64, 128, 300])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("on_singular", ["raise", "nan"])
+def test_pivots_that_grow_hide_none_that_vanishes(n, dtype, on_singular):
+    """The pivots of a large random matrix are larger than its entries, so that their product is, whatever the last one is."""
+    M = torch.randn(3, n, n, dtype=dtype, generator=torch.Generator().manual_seed(n))
+    M[1, -1] = M[1, :-1].sum(0) / n**0.5
+    solver = fi.LU(on_singular=on_singular)
+    h = fi.custom_inverse(lambda x: x, lambda y: (M @ y[..., None])[..., 0], event_dim=1, linear_solver=solver)
+    x = torch.zeros(3, n, dtype=dtype, requires_grad=True)
+    if on_singular == "raise":
+        with pytest.raises(fi.SingularJacobianError, match=words("1 of 3", ": 1")):
+            h(x).sum().backward()
+    else:
+        (got,) = torch.autograd.grad(h(x).sum(), x)
+        assert got[1].isnan().all()
+        for i in (0, 2):
+            rounding = n * torch.finfo(dtype).eps * (M[i].T.abs() @ got[i].abs()).max().item()
+            torch.testing.assert_close(M[i].T @ got[i], torch.ones(n, dtype=dtype), rtol=0, atol=rounding)
+
+
+@pytest.mark.parametrize("n", [2, 3, 16, 40])
+@pytest.mark.parametrize("batch", [1, 3, 400])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_in_its_sample(n, batch, value):
+    """Wherever it stands in the Jacobian: above the diagonal no pivot shows it. It is not called singular."""
+    last = batch - 1
+    for row, column in ((0, n - 1), (n - 1, 0), (n - 1, n - 1)):
+        M = torch.eye(n, dtype=torch.float64).repeat(batch, 1, 1)
+        M[last, row, column] = value
+        h = fi.custom_inverse(lambda x: x, lambda y, M=M: (M @ y[..., None])[..., 0], event_dim=1)
+        x = torch.zeros(batch, n, dtype=torch.float64, requires_grad=True)
+        (got,) = torch.autograd.grad(h(x).sum(), x)
+        assert got[last].isnan().all()
+        assert torch.equal(got[:last], torch.ones(last, n, dtype=torch.float64))
 
 
 # --- check=True ------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ from torch import nn
 
 import functorch_inverse as fi
 from functorch_inverse import operators
+from functorch_inverse._pullback import Pullback
+from functorch_inverse._rows import jacobian_of_graph
 
 N = 8
 torch.manual_seed(0)
@@ -26,6 +28,15 @@ class Doubled(torch.autograd.Function):
     def backward(ctx, g):
         assert type(g) is torch.Tensor
         return 2 * g
+
+
+MASK = torch.arange(N, dtype=torch.float64) % 2
+INNER = nn.Sequential(nn.Linear(N // 2, 5), nn.ReLU(), nn.Linear(5, N)).double().requires_grad_(False)
+
+
+def real_nvp(a, b):
+    scale, shift = INNER(a).chunk(2, -1)
+    return torch.cat([a, b * torch.exp(torch.tanh(scale)) + shift], -1)
 
 
 def put(y):
@@ -52,12 +63,31 @@ FUNCTIONS = {
     "batched products": lambda y: 2 * y + (A @ y.sin().unsqueeze(-1)).squeeze(-1),
     "precision": lambda y: 2 * y + torch.tanh(y.float() @ A.float()).double(),
     "python": lambda y: y + Doubled.apply(y),
+    "real NVP": lambda y: real_nvp(*y.chunk(2, -1)),
+    "masked coupling": lambda y: MASK * y + (1 - MASK) * (y * torch.exp(torch.tanh((MASK * y) @ A)) + (MASK * y) @ A.mT),
+    "planar": lambda y: y + A[0] * torch.tanh(y @ A[1]).unsqueeze(-1),
+    "radial": lambda y: 2 * y + y / (1 + y.norm(dim=-1, keepdim=True)),
+    "products by name": lambda y: 2 * y + torch.einsum("...i,ji->...j", y.sin(), A),
+    "reversed": lambda y: 2 * y.flip(-1) + 0.1 * y.roll(1, -1) ** 2,
+    "running sums": lambda y: 2 * y + y.cumsum(-1).tanh(),
+    "neighbours": lambda y: torch.cat([2 * y[..., :1], 2 * y[..., 1:] + 0.1 * y[..., :-1] ** 2], -1),
+    "one by one": lambda y: torch.stack([2 * y[..., 0] + y[..., 1].sin(), *(3 * y[..., i] for i in range(1, N))], -1),
+    "clamped": lambda y: 2 * y + y.clamp(-0.5, 0.5) + y.masked_fill(y > 1, 0.0) * y.flip(-1),
+    "pieces": lambda y: torch.cat([2 * t + t.prod(-1, keepdim=True) for t in y.split([1, 3, N - 4], -1)], -1),
+    "as a matrix": lambda y: 2 * y + (torch.tanh(y.unflatten(-1, (2, -1))) @ A[:4, :4]).mT.flatten(-2),
+    "heads": lambda y: 2 * y + torch.bmm(y.reshape(-1, 2, 4).sin(), A[:4, :4].expand(y.numel() // N, 4, 4)).reshape(y.shape),
+    "two ways to mix": lambda y: (lambda h: h + torch.tanh(h @ A))(3 * y + y.flip(-1) + y.roll(1, -1)),
+    "the mean of all": lambda y: 2 * y + y.sin().mean(-1, keepdim=True).expand_as(y) * y,
 }
+MIXING = list(FUNCTIONS)[-15:]
 
 
-@pytest.mark.parametrize("batch", [(), (5,), (2, 3)])
+@pytest.mark.parametrize("batch", [(), (5,), (2, 3), (N,), (1, N)])
+@pytest.mark.parametrize("least", [1, 16])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_as_by_autograd(name, batch):
+def test_as_by_autograd(name, batch, least, monkeypatch):
+    """Also where there are as many samples as numbers in each, so that no dim may be taken for another."""
+    monkeypatch.setattr("functorch_inverse._rows._WORTH_MIXING", least)
     f = FUNCTIONS[name]
     y = torch.randn(*batch, N, dtype=torch.float64)
     x = f(y).detach().requires_grad_()
@@ -66,6 +96,35 @@ def test_as_by_autograd(name, batch):
     rows = [torch.autograd.functional.jacobian(f, sample) for sample in y.reshape(-1, N)]
     want = torch.linalg.solve(torch.stack(rows).mT, v.reshape(-1, N, 1)).reshape(v.shape)
     assert_close(got, (want,), 1e-5 if name == "precision" else 1e-9)
+
+
+@pytest.mark.parametrize("batch", [(), (5,), (2, 3), (0,)])
+@pytest.mark.parametrize("chunk", [1, 3, N - 1, N, N + 2])
+@pytest.mark.parametrize("name", ["layer", "quotient", "elementwise", "linear", "scaled", "products"])
+def test_some_rows_at_once(name, chunk, batch):
+    """Each row is the same, with however many others it is pulled back."""
+    f, y = FUNCTIONS[name], torch.randn(*batch, N, dtype=torch.float64)
+    equation = operators.Equation("test", lambda y, _: (f(*y),), (1,), (1,))
+    with torch.no_grad():
+        got = operators.JacobianOperator(equation, (y,), ()).as_matrix(chunk)
+    rows = [torch.autograd.functional.jacobian(f, sample) for sample in y.reshape(-1, N)]
+    want = torch.stack(rows).reshape(*batch, N, N) if rows else y.new_zeros(*batch, N, N)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["layer", "linear", "scaled"])
+@pytest.mark.parametrize("batch", [(1,), (3,)])
+def test_the_rows_have_memory_of_their_own(name, batch):
+    """They are overwritten by their factors: neither f's own matrices nor one row shared by all samples may lie there."""
+    f, y, before = FUNCTIONS[name], torch.randn(*batch, N, dtype=torch.float64), A.clone()
+    with torch.no_grad():
+        graph = Pullback.of(lambda y, _: (f(*y),), (y,), (), ())
+        first = jacobian_of_graph(graph.outputs[0], graph.y[0], N)
+        want = first.clone()
+        assert first.is_contiguous()
+        first.fill_(torch.nan)
+        torch.testing.assert_close(jacobian_of_graph(graph.outputs[0], graph.y[0], N), want, rtol=0, atol=0)
+    assert torch.equal(A, before)
 
 
 def test_one_pass_for_all_rows(monkeypatch):
@@ -77,6 +136,21 @@ def test_one_pass_for_all_rows(monkeypatch):
         torch.autograd.grad(fi.custom_inverse(lambda x, y=y: y, FUNCTIONS[name], event_dim=1)(x).sum(), x)
 
 
+@pytest.mark.parametrize("chunk", [1, 3, N])
+@pytest.mark.parametrize("batch", [(4,), (N,), (2, 3)])
+@pytest.mark.parametrize("name", MIXING)
+def test_mixed_numbers_by_one_pass(name, batch, chunk, monkeypatch):
+    """Slices, sums, permutations and products need no pass for each row either."""
+    monkeypatch.setattr("functorch_inverse._rows._WORTH_MIXING", 1)
+    f, y = FUNCTIONS[name], torch.randn(*batch, N, dtype=torch.float64)
+    with torch.no_grad():
+        graph = Pullback.of(lambda y, _: (f(*y),), (y,), (), ())
+        got = jacobian_of_graph(graph.outputs[0], graph.y[0], chunk)
+    assert got is not None
+    rows = [torch.autograd.functional.jacobian(f, sample) for sample in y.reshape(-1, N)]
+    torch.testing.assert_close(got, torch.stack(rows).reshape(*batch, N, N), rtol=0, atol=1e-12)
+
+
 def test_a_shared_jacobian_is_not_changed():
     """A is the same for all samples, and in f's own memory."""
     before = A.clone()
@@ -84,3 +158,20 @@ def test_a_shared_jacobian_is_not_changed():
     y = fi.custom_inverse(lambda x: x, FUNCTIONS["linear"], event_dim=1)(x)
     torch.autograd.grad(y.sum(), x)
     assert torch.equal(A, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [(), (3,), (2000,), (0,)])
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_small_vectors(n, batch, dtype):
+    """One backward pass a row where there are few and small ones, all at once for many samples; not contiguous, too."""
+    y = torch.linspace(-1, 1, 2 * n * max(torch.Size(batch).numel(), 1), dtype=dtype)[: 2 * n * torch.Size(batch).numel()]
+    y, B = y.reshape(*batch, 2 * n)[..., ::2], (A[:n, :n] / 8).to(dtype)
+    x = y.clone().requires_grad_()
+    v = y.cos()
+    (got,) = torch.autograd.grad(fi.custom_inverse(lambda x: y.clone(), lambda y: y + y**3 @ B, event_dim=1)(x), x, v)
+    wide = torch.float32 if dtype is torch.bfloat16 else dtype
+    J = torch.eye(n, dtype=wide) + 3 * B.to(wide).mT * (y.to(wide) ** 2).unsqueeze(-2)
+    want = torch.linalg.solve(J.mT, v.to(wide).unsqueeze(-1)).squeeze(-1).to(dtype)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
