@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from functorch_inverse._orthomin import contract
+from functorch_inverse._orthomin import Pair, Standing, contract, fast
 from functorch_inverse._systems import Systems, dot, norm
 
 __all__ = ["gmres"]
@@ -26,34 +26,50 @@ _SLOW = 0.9
 
 def gmres(s: Systems, active: Tensor, restart: int) -> Tensor:
     """Two vectors where they are enough, else at most `restart` steps."""
-    left, w = contract(s, active)
-    if w is not None:
-        _cycle(s, left, w, restart)
+    standing = contract(s, active)
+    if standing is not None:
+        _cycle(s, standing, restart)
     return torch.zeros_like(active)
 
 
-def _cycle(s: Systems, moving: Tensor, w: Tensor, restart: int) -> None:
-    """From w = A M r on."""
-    m, r, size = min(restart, s.b.shape[-1]), s.r, norm(s.r)
-    space = _Space.empty(s.b, m)
-    for j in range(m):
+# Systems that are light keep nothing; they are here so that those beside them need not wait. One that no longer is
+# begins a cycle of its own, with all its steps.
+def _cycle(s: Systems, standing: Standing, restart: int) -> None:
+    """From a first product on, at most `restart` steps of each system."""
+    moving, light, direction, w, pair = standing
+    r, size, slow, mixed = s.r, norm(s.r), moving, bool(light.any())
+    most = min(restart, s.b.shape[-1])
+    space, end = _Space.empty(s.b, 2 * most if mixed else most), torch.full_like(s.steps, most)
+    for j in range(space.a.shape[1]):
         if j:
-            w = s.maps.mv(s.maps.precondition(space.direction(j, moving & (size > _SLOW * before), r, size)))
-        w, length = space.add(j, w, moving)
-        moving = moving & (length > 0)
-        r.addcmul_(space.step(j, w, torch.where(moving, 1 / length, 0), r), w, value=-1)
+            direction = s.maps.precondition(space.direction(j, slow, r, size))
+            w = s.maps.mv(direction)
+        if mixed:
+            direction, w = pair.next(direction, w, light)
+        w, length = space.orthogonalised(j, w, moving)
+        moving = moving & (length > torch.finfo(length.dtype).tiny)
+        inverse = torch.where(moving, 1 / length, 0)
+        a = dot(w, r) * inverse
+        space.add(j, w, *((t.masked_fill(light, 0) for t in (inverse, a)) if mixed else (inverse, a)))
+        r.addcmul_(a.unsqueeze(-1), w, value=-1)
         before, size = size, norm(r)
         s.steps += moving
         moving = moving & (size > s.target) & (s.steps < s.max_steps)
+        slow = moving & (size > _SLOW * before)
+        if mixed:
+            s.u.addcmul_(torch.where(light, a, 0).unsqueeze(-1), direction)
+            end = torch.where(light, j + 1 + most, end)
+            pair, slow, light = Pair(direction, w, inverse), slow & ~light, light & fast(size, before)
+            moving = moving & (j + 1 < end)
         if not moving.any():
             break
     s.u += s.maps.precondition(space.combination(j + 1, r))
 
 
 class _Space(NamedTuple):
-    """The w of a cycle (k, m, n), the rows of h^T, and for each step 1 / <w, w>, a, and z / w where z is a w.
+    """The w of a cycle (k, m, n), the rows of h^T, and for each step 1 / <w, w>, a, and |z| / |w| where z is the last w.
 
-    A system that waits has zeros in all three, so that nothing of it moves.
+    A system that waits has zeros in the last three, so that nothing of it moves.
     """
 
     basis: Tensor
@@ -65,50 +81,45 @@ class _Space(NamedTuple):
     @classmethod
     def empty(cls, like: Tensor, m: int) -> "_Space":
         k, n = like.shape
-        real = like.real.new_zeros(2, k, m)
-        return cls(like.new_empty(k, m, n), like.new_empty(k, m, m), real[0], like.new_zeros(k, m), real[1])
+        inverse, turn = like.real.new_zeros(2, k, m)
+        return cls(like.new_empty(k, m, n), like.new_empty(k, m, m), inverse, like.new_zeros(k, m), turn)
 
     def direction(self, j: int, slow: Tensor, r: Tensor, size: Tensor) -> Tensor:
-        """The residual, or the last w at its length."""
+        """The residual; where it hardly moved the last w, as long as the residual is."""
         if not slow.any():
             return r
         turn = torch.where(slow, size * self.inverse[:, j - 1].sqrt(), 0)
         self.turn[:, j] = turn
         return torch.where(slow.unsqueeze(-1), self.basis[:, j - 1] * turn.unsqueeze(-1), r)
 
-    def add(self, j: int, w: Tensor, moving: Tensor) -> tuple[Tensor, Tensor]:
-        """w without its parts along the basis, as the next vector of it, and <w, w>: zero where nothing but rounding is left."""
-        new, reach = self.basis[:, j], dot(w, w).real
-        if not j:
-            new.copy_(w)
-            return new, reach
-        h = self.h[:, j, :j].unsqueeze(1)
-        h.copy_(self._subtract(j, w, new))
-        length = dot(new, new).real
-        if (moving & (length < 0.5 * reach)).any():
-            h += self._subtract(j, new, new)
-            length = dot(new, new).real
-        return new, length.masked_fill(length <= torch.finfo(length.dtype).eps ** 2 * reach, 0)
+    def orthogonalised(self, j: int, w: Tensor, moving: Tensor) -> tuple[Tensor, Tensor]:
+        """w without its parts along the basis, and <w, w>: zero where nothing but rounding errors is left."""
+        reach = length = dot(w, w).real
+        if j:
+            w, self.h[:, j, :j] = self._subtracted(j, w)
+            length = dot(w, w).real
+            if (moving & (length < 0.5 * reach)).any():
+                w, again = self._subtracted(j, w)
+                self.h[:, j, :j] += again
+                length = dot(w, w).real
+        return w, length.masked_fill(length <= torch.finfo(length.dtype).eps ** 2 * reach, 0)
 
-    def _subtract(self, j: int, w: Tensor, out: Tensor) -> Tensor:
-        """One pass of Gram-Schmidt: rows times matrices, which is the faster way round."""
+    def _subtracted(self, j: int, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows times matrices, which is several times faster than matrices times columns."""
         basis, row = self.basis[:, :j], w.unsqueeze(1)
         h = torch.bmm(row, basis.mH) * self.inverse[:, :j].unsqueeze(1)
-        torch.baddbmm(row, h, basis, alpha=-1, out=out.unsqueeze(1))
-        return h
+        return torch.baddbmm(row, h, basis, alpha=-1).squeeze(1), h.squeeze(1)
 
-    def step(self, j: int, w: Tensor, inverse: Tensor, r: Tensor) -> Tensor:
-        """a, as a column."""
-        self.inverse[:, j] = inverse
-        a = self.a[:, j] = dot(w, r) * inverse
-        return a.unsqueeze(-1)
+    def add(self, j: int, w: Tensor, inverse: Tensor, a: Tensor) -> None:
+        """The j-th w, 1 / <w, w> and a."""
+        self.basis[:, j], self.inverse[:, j], self.a[:, j] = w, inverse, a
 
+    # With m steps done, the z of step j was r_j = r_m + (a_j w_j + ... + a_m w_m), or turn_j w_(j-1).
     def combination(self, m: int, r: Tensor) -> Tensor:
-        """Z y, where a z that was a residual is what is left of it now and all that was taken off since."""
-        y = torch.linalg.solve_triangular(self.h[:, :m, :m].mT, self.a[:, :m, None], upper=True, unitriangular=True).squeeze(-1)
-        turn = self.turn[:, :m]
+        """Z y with (I + h) y = a."""
+        h, a, turn = self.h[:, :m, :m].mT, self.a[:, :m], self.turn[:, :m]
+        y = torch.linalg.solve_triangular(h, a.unsqueeze(-1), upper=True, unitriangular=True).squeeze(-1)
         total = torch.where(turn == 0, y, 0).cumsum(-1)
-        weights = total * self.a[:, :m]
+        weights = total * a
         weights[:, :-1] += (turn * y)[:, 1:]
-        last = total[:, -1:]
-        return torch.baddbmm((last * r).unsqueeze(1), weights.unsqueeze(1), self.basis[:, :m]).squeeze(1)
+        return torch.baddbmm((total[:, -1:] * r).unsqueeze(1), weights.unsqueeze(1), self.basis[:, :m]).squeeze(1)

@@ -3,52 +3,81 @@ r"""Minimal residuals by a recurrence of two vectors, for the systems where it i
     z = M r - h z',   w = A z = A M r - h w',   h = <w', A M r> / <w', w'>,        u += a z,   r -= a w,   a = <w, r> / <w, w>
 
 Where A is symmetric or skew up to a multiple of I these are the steps of GMRES itself, and where |A - c I| is small beside
-|c|, as it is for contractions, they come close. It shows in the residuals: a system whose residual falls
-slower than by `_PACE` a step goes to the method that keeps all vectors. Source: Eisenstat, Elman and Schultz,
-Variational iterative methods for nonsymmetric systems of linear equations (1983), Orthomin(1); Saad, Iterative Methods
-for Sparse Linear Systems, 2nd edition (2003), section 6.9.
+|c|, as it is for contractions, they come close. It shows in the residuals: where they fall slowly, all vectors are kept.
+Source: Eisenstat, Elman and Schultz, Variational iterative methods for nonsymmetric systems of linear equations (1983),
+Orthomin(1); Saad, Iterative Methods for Sparse Linear Systems, 2nd edition (2003), section 6.9.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from functorch_inverse._systems import Systems, dot, norm
 
-__all__ = ["contract"]
+__all__ = ["Pair", "Standing", "contract", "fast"]
 
-_PACE = 0.5
+# What a step may leave of a residual: to begin with, and later on.
+_ENTER, _LEAVE = 1 / 3, 1 / 2
 
 
-def contract(s: Systems, active: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Which systems are left to do, and A M r for them; None where all are done."""
+class Pair(NamedTuple):
+    """z and w = A z of the step before, and 1 / <w, w>: zero where there was none."""
+
+    z: Tensor
+    w: Tensor
+    inverse: Tensor
+
+    def next(self, direction: Tensor, product: Tensor, where: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The next z and w; outside of `where` the direction and its product as they are."""
+        h = dot(self.w, product) * self.inverse
+        h = (h if where is None else torch.where(where, h, 0)).unsqueeze(-1)
+        return torch.addcmul(direction, h, self.z, value=-1), torch.addcmul(product, h, self.w, value=-1)
+
+
+class Standing(NamedTuple):
+    """Systems on their way: which of them move, which do so by the recurrence, and the product that comes next."""
+
+    moving: Tensor
+    light: Tensor
+    direction: Tensor
+    product: Tensor
+    pair: Pair
+
+
+def contract(s: Systems, moving: Tensor) -> Standing | None:
+    """Steps as long as all systems that move do so fast; None where nothing is left to do."""
     r, size = s.r, s.residual
-    z = s.maps.precondition(r)
-    w = s.maps.mv(z)
-    ww, wr = dot(w, w).real, dot(w, r)
-    # n steps of GMRES are enough for any system, so fewer than n must be in sight; and ww = 0 is no progress.
-    pace = min(_PACE, s.rtol ** (1 / r.shape[-1]))
-    moving = active & (wr.abs().square() > (1 - pace**2) * ww * size.square())
-    if not moving.any():
-        return active, w
-    z, w = z.clone(), w.clone()  # they may be r itself
+    direction = s.maps.precondition(r)
+    product = s.maps.mv(direction)
+    light, pair = moving & _promising(s, product), Pair(direction, product, torch.zeros_like(size))
     tiny, room = torch.finfo(size.dtype).tiny, s.max_steps - int(s.steps.max())
-    while True:
-        inverse = moving / ww.clamp(min=tiny)  # zero in systems that wait: nothing of them moves
-        a = (wr * inverse).unsqueeze(-1)
+    while torch.equal(light, moving):
+        z, w = pair.next(direction, product)
+        inverse = moving / dot(w, w).real.clamp(min=tiny)  # zero in systems that wait: nothing of them moves
+        a, pair = (dot(w, r) * inverse).unsqueeze(-1), Pair(z, w, inverse)
         s.u.addcmul_(a, z)
         r.addcmul_(a, w, value=-1)
-        before, size = size, norm(r)
+        before, size, room = size, norm(r), room - 1
         s.steps += moving
-        room -= 1
-        moving = moving & (size > s.target) & (size <= _PACE * before)
+        moving = moving & (size > s.target)
         if room < 1:
             moving = moving & (s.steps < s.max_steps)
         if not moving.any():
-            break
+            return None
+        light = moving & fast(size, before)
         direction = s.maps.precondition(r)
         product = s.maps.mv(direction)
-        h = (dot(w, product) * inverse).unsqueeze(-1)
-        z, w = torch.addcmul(direction, h, z, value=-1), torch.addcmul(product, h, w, value=-1)
-        ww, wr = dot(w, w).real, dot(w, r)
-    left = active & (size > s.target) & (s.steps < s.max_steps)
-    return left, s.maps.mv(s.maps.precondition(r)) if left.any() else None
+    return Standing(moving, light, direction, product, pair)
+
+
+# n steps of GMRES are enough for any system, so fewer than n must be in sight.
+def _promising(s: Systems, product: Tensor) -> Tensor:
+    """Where a first step along A M r would leave little of r."""
+    pace = min(_ENTER, s.rtol ** (1 / product.shape[-1]))
+    return dot(product, s.r).abs().square() > (1 - pace**2) * dot(product, product).real * s.residual.square()
+
+
+def fast(size: Tensor, before: Tensor) -> Tensor:
+    """Where the last step left little enough."""
+    return size <= _LEAVE * before

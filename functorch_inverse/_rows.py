@@ -16,17 +16,17 @@ from torch import Tensor
 
 from functorch_inverse import _torch
 
-__all__ = ["jacobian_of_graph"]
+__all__ = ["DIVISIONS", "ELEMENTWISE", "jacobian_of_graph"]
 
 _aten = torch.ops.aten
 # Linear in one argument, element by element.
-_ELEMENTWISE = {
+ELEMENTWISE = {
     _aten.mul.Tensor, _aten.mul.Scalar, _aten.div.Tensor, _aten.div.Scalar, _aten.neg.default, _aten.detach.default,
     _aten.alias.default, _aten.clone.default, _aten.tanh_backward.default, _aten.sigmoid_backward.default,
     _aten.threshold_backward.default, _aten.gelu_backward.default, _aten.silu_backward.default,
     _aten.softplus_backward.default, _aten.elu_backward.default, _aten.leaky_relu_backward.default,
 }  # fmt: skip
-_DIVISIONS = (_aten.div.Tensor, _aten.div.Scalar)
+DIVISIONS = (_aten.div.Tensor, _aten.div.Scalar)
 
 
 def jacobian_of_graph(output: Tensor, y: Tensor) -> Tensor | None:
@@ -83,7 +83,7 @@ class _Rows(Tensor):
 def _elementwise(func: Any, args: Any, kwargs: Any) -> _Rows | None:
     places = [i for i, arg in enumerate(args) if isinstance(arg, _Rows)]
     others = [arg for arg in args if isinstance(arg, Tensor) and not isinstance(arg, _Rows)]
-    if len(places) != 1 or (func in _DIVISIONS and places != [0]):
+    if len(places) != 1 or (func in DIVISIONS and places != [0]):
         return None
     (i,), rows = places, args[places[0]]
     shape = torch.broadcast_shapes(rows.shape, *(t.shape for t in others))
@@ -145,7 +145,7 @@ def _view(func: Any, args: Any, kwargs: Any) -> _Rows | None:
     return _Rows(shape, rows.rows, view(rows.dense, (rows.rows, *event)), view(rows.scale, event))
 
 
-_RULES = dict.fromkeys(_ELEMENTWISE, _elementwise) | {
+_RULES = dict.fromkeys(ELEMENTWISE, _elementwise) | {
     _aten.add.Tensor: _add,
     _aten.mm.default: _product,
     _aten.mv.default: _product_with_vector,
