@@ -20,25 +20,33 @@ from functorch_inverse._systems import Systems, dot, norm
 
 __all__ = ["gmres"]
 
-# What is left of a residual that hardly moved.
-_SLOW = 0.9
+# What is left of a residual that hardly moved; and in units of eps what no round brings it below, since what rounding adds
+# along vectors that are done with is never taken off again.
+_SLOW, _FLOOR = 0.9, 16
 
 
 def gmres(s: Systems, active: Tensor, restart: int) -> Tensor:
     """Two vectors where they are enough, else at most `restart` steps."""
-    standing = contract(s, active)
+    # No round brings a true residual down by more than that: what is carried along may become as small as it likes.
+    target = torch.maximum(s.target, torch.finfo(s.residual.dtype).eps * s.residual)
+    direction = s.maps.precondition(s.r)
+    product = s.maps.mv(direction)
+    reach = norm(product) / s.residual
+    if (active & ((reach < 1e-6) | (reach > 1e6))).any():  # squares must stay in the range of the dtype
+        direction, product = s.rescale(direction, product)
+    standing = contract(s, active, target, direction, product)
     if standing is not None:
-        _cycle(s, standing, restart)
+        _cycle(s, standing, target, restart)
     return torch.zeros_like(active)
 
 
 # Systems that are light keep nothing; they are here so that those beside them need not wait. One that no longer is
 # begins a cycle of its own, with all its steps.
-def _cycle(s: Systems, standing: Standing, restart: int) -> None:
+def _cycle(s: Systems, standing: Standing, target: Tensor, restart: int) -> None:
     """From a first product on, at most `restart` steps of each system."""
     moving, light, direction, w, pair = standing
     r, size, slow, mixed = s.r, norm(s.r), moving, bool(light.any())
-    most = min(restart, s.b.shape[-1])
+    most, floor = min(restart, s.b.shape[-1]), _FLOOR * torch.finfo(size.dtype).eps * size
     space, end = _Space.empty(s.b, 2 * most if mixed else most), torch.full_like(s.steps, most)
     for j in range(space.a.shape[1]):
         if j:
@@ -47,15 +55,16 @@ def _cycle(s: Systems, standing: Standing, restart: int) -> None:
         if mixed:
             direction, w = pair.next(direction, w, light)
         w, length = space.orthogonalised(j, w, moving)
-        moving = moving & (length > torch.finfo(length.dtype).tiny)
+        moving = moving & (length > 0)
         inverse = torch.where(moving, 1 / length, 0)
         a = dot(w, r) * inverse
         space.add(j, w, *((t.masked_fill(light, 0) for t in (inverse, a)) if mixed else (inverse, a)))
         r.addcmul_(a.unsqueeze(-1), w, value=-1)
         before, size = size, norm(r)
         s.steps += moving
-        moving = moving & (size > s.target) & (s.steps < s.max_steps)
+        moving = moving & (size > target) & (s.steps < s.max_steps)
         slow = moving & (size > _SLOW * before)
+        moving = moving & ~(slow & (size < floor))
         if mixed:
             s.u.addcmul_(torch.where(light, a, 0).unsqueeze(-1), direction)
             end = torch.where(light, j + 1 + most, end)

@@ -45,11 +45,9 @@ class Standing(NamedTuple):
     pair: Pair
 
 
-def contract(s: Systems, moving: Tensor) -> Standing | None:
-    """Steps as long as all systems that move do so fast; None where nothing is left to do."""
+def contract(s: Systems, moving: Tensor, target: Tensor, direction: Tensor, product: Tensor) -> Standing | None:
+    """Steps from a first product on, as long as all systems that move do so fast; None where nothing is left to do."""
     r, size = s.r, s.residual
-    direction = s.maps.precondition(r)
-    product = s.maps.mv(direction)
     light, pair = moving & _promising(s, product), Pair(direction, product, torch.zeros_like(size))
     tiny, room = torch.finfo(size.dtype).tiny, s.max_steps - int(s.steps.max())
     while torch.equal(light, moving):
@@ -60,7 +58,7 @@ def contract(s: Systems, moving: Tensor) -> Standing | None:
         r.addcmul_(a, w, value=-1)
         before, size, room = size, norm(r), room - 1
         s.steps += moving
-        moving = moving & (size > s.target)
+        moving = moving & (size > target)
         if room < 1:
             moving = moving & (s.steps < s.max_steps)
         if not moving.any():

@@ -111,6 +111,12 @@ class Systems:
             self.u = torch.where(which.unsqueeze(-1), kept, self.u)
             self.verify()
 
+    def rescale(self, direction: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
+        """M r and A M r, with M from here on times the power of two that makes A M r as long as r."""
+        scale, M = (_size(self.r) / _size(product)).unsqueeze(-1), self.maps.precondition
+        self.maps = self.maps._replace(precondition=lambda v: M(v) * scale)
+        return direction * scale, product * scale
+
     def undefined(self) -> Tensor:
         """Where A, M or b has nan or inf: only these make nan out of zero."""
         nothing = torch.zeros_like(self.b)
