@@ -29,12 +29,7 @@ def gmres(s: Systems, active: Tensor, restart: int) -> Tensor:
     """Two vectors where they are enough, else at most `restart` steps."""
     # No round brings a true residual down by more than that: what is carried along may become as small as it likes.
     target = torch.maximum(s.target, torch.finfo(s.residual.dtype).eps * s.residual)
-    direction = s.maps.precondition(s.r)
-    product = s.maps.mv(direction)
-    reach = norm(product) / s.residual
-    if (active & ((reach < 1e-6) | (reach > 1e6))).any():  # squares must stay in the range of the dtype
-        direction, product = s.rescale(direction, product)
-    standing = contract(s, active, target, direction, product)
+    standing = contract(s, active, target)
     if standing is not None:
         _cycle(s, standing, target, restart)
     return torch.zeros_like(active)

@@ -45,17 +45,18 @@ class Standing(NamedTuple):
     pair: Pair
 
 
-def contract(s: Systems, moving: Tensor, target: Tensor, direction: Tensor, product: Tensor) -> Standing | None:
-    """Steps from a first product on, as long as all systems that move do so fast; None where nothing is left to do."""
+def contract(s: Systems, moving: Tensor, target: Tensor) -> Standing | None:
+    """Steps as long as all systems that move do so fast; None where nothing is left to do."""
     r, size = s.r, s.residual
+    direction, product = _first(s, moving)
     light, pair = moving & _promising(s, product), Pair(direction, product, torch.zeros_like(size))
     tiny, room = torch.finfo(size.dtype).tiny, s.max_steps - int(s.steps.max())
     while torch.equal(light, moving):
-        z, w = pair.next(direction, product)
-        inverse = moving / dot(w, w).real.clamp(min=tiny)  # zero in systems that wait: nothing of them moves
-        a, pair = (dot(w, r) * inverse).unsqueeze(-1), Pair(z, w, inverse)
-        s.u.addcmul_(a, z)
-        r.addcmul_(a, w, value=-1)
+        direction, product = pair.next(direction, product)
+        inverse = moving / dot(product, product).real.clamp(min=tiny)  # zero in systems that wait: nothing of them moves
+        pair, a = Pair(direction, product, inverse), (dot(product, r) * inverse).unsqueeze(-1)
+        s.u.addcmul_(a, direction)
+        r.addcmul_(a, product, value=-1)
         before, size, room = size, norm(r), room - 1
         s.steps += moving
         moving = moving & (size > target)
@@ -67,6 +68,15 @@ def contract(s: Systems, moving: Tensor, target: Tensor, direction: Tensor, prod
         direction = s.maps.precondition(r)
         product = s.maps.mv(direction)
     return Standing(moving, light, direction, product, pair)
+
+
+def _first(s: Systems, moving: Tensor) -> tuple[Tensor, Tensor]:
+    """M r and A M r, at a length that leaves the squares of both in the range of the dtype."""
+    direction = s.maps.precondition(s.r)
+    product = s.maps.mv(direction)
+    reach = norm(product) / s.residual
+    extreme = moving & ((reach < 1e-6) | (reach > 1e6))
+    return s.rescale(direction, product) if extreme.any() else (direction, product)
 
 
 # n steps of GMRES are enough for any system, so fewer than n must be in sight.

@@ -69,7 +69,7 @@ class _Sum(NamedTuple):
 
 
 class _Shaped(NamedTuple):
-    """s w_j with its batch dims in another shape."""
+    """s w_j in another shape."""
 
     term: _Term
     before: torch.Size
@@ -151,12 +151,18 @@ def _elementwise(func: Any, args: Any, kwargs: Any) -> _Recorded | None:
     if len(places) != 1 or (func in DIVISIONS and places != [0]):
         return None
     w = args[places[0]]
-    if any(torch.broadcast_shapes(w.shape, t.shape) != w.shape for t in args if isinstance(t, Tensor)) or not w.ndim:
+    if not w.ndim or not all(_fits(t.shape, w.shape) for t in args if isinstance(t, Tensor)):
         return None
     i, s = w.term
     one = torch.ones((), dtype=w.dtype, device=w.device).expand((1,) * (w.ndim - 1) + w.shape[-1:]) if s is None else s
     s = func(*args[: places[0]], one, *args[places[0] + 1 :], **kwargs)
     return _Recorded(w, w.shape, w.steps, _Term(i, s))
+
+
+def _fits(shape: torch.Size, into: torch.Size) -> bool:
+    """Whether a tensor broadcasts to a shape, and not the other way round."""
+    ends = zip(reversed(shape), reversed(into), strict=False)
+    return shape == into or (len(shape) <= len(into) and all(size in (1, wanted) for size, wanted in ends))
 
 
 def _same(func: Any, args: Any, kwargs: Any) -> _Recorded:
@@ -181,11 +187,14 @@ def _product_with_vector(func: Any, args: Any, kwargs: Any) -> _Recorded | None:
     return None if isinstance(matrix, _Recorded) else w.then((len(matrix),), _Product(w.term, matrix.mT))
 
 
-def _view(func: Any, args: Any, kwargs: Any) -> _Recorded | None:
+def _view(func: Any, args: Any, kwargs: Any) -> _Recorded:
     w, shape = args
-    if not shape or not w.ndim or shape[-1] != w.shape[-1]:
-        return None
     return w.then(shape, _Shaped(w.term, w.shape, torch.Size(shape)))
+
+
+def _squeezed(func: Any, args: Any, kwargs: Any) -> _Recorded:
+    w, dim = args
+    return _view(func, (w, func(torch.empty(w.shape, device="meta"), dim).shape), kwargs)
 
 
 _RULES: dict[Any, Callable[[Any, Any, Any], _Recorded | None]] = {
@@ -196,4 +205,6 @@ _RULES: dict[Any, Callable[[Any, Any, Any], _Recorded | None]] = {
     _aten.mv.default: _product_with_vector,
     _aten.view.default: _view,
     _aten._unsafe_view.default: _view,
+    _aten.unsqueeze.default: _squeezed,
+    _aten.squeeze.dim: _squeezed,
 }
