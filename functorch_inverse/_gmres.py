@@ -41,7 +41,8 @@ def _cycle(s: Systems, standing: Standing, target: Tensor, restart: int) -> None
     """From a first product on, at most `restart` steps of each system."""
     moving, light, direction, w, pair = standing
     r, size, slow, mixed = s.r, norm(s.r), moving, bool(light.any())
-    most, floor = min(restart, s.b.shape[-1]), _FLOOR * torch.finfo(size.dtype).eps * size
+    numbers, most = torch.finfo(size.dtype), min(restart, s.b.shape[-1])
+    floor, tiny = _FLOOR * numbers.eps * size, numbers.tiny
     space, end = _Space.empty(s.b, 2 * most if mixed else most), torch.full_like(s.steps, most)
     for j in range(space.a.shape[1]):
         if j:
@@ -51,7 +52,7 @@ def _cycle(s: Systems, standing: Standing, target: Tensor, restart: int) -> None
             direction, w = pair.next(direction, w, light)
         w, length = space.orthogonalised(j, w, moving)
         moving = moving & (length > 0)
-        inverse = torch.where(moving, 1 / length, 0)
+        inverse = torch.where(moving, 1 / length.clamp(min=tiny), 0)
         a = dot(w, r) * inverse
         space.add(j, w, *((t.masked_fill(light, 0) for t in (inverse, a)) if mixed else (inverse, a)))
         r.addcmul_(a.unsqueeze(-1), w, value=-1)

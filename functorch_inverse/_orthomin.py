@@ -2,8 +2,9 @@ r"""Minimal residuals by a recurrence of two vectors, for the systems where it i
 
     z = M r - h z',   w = A z = A M r - h w',   h = <w', A M r> / <w', w'>,        u += a z,   r -= a w,   a = <w, r> / <w, w>
 
-Where A is symmetric or skew up to a multiple of I these are the steps of GMRES itself, and where |A - c I| is small beside
-|c|, as it is for contractions, they come close. It shows in the residuals: where they fall slowly, all vectors are kept.
+Where A is symmetric, or a multiple of I plus a skew matrix, these are the steps of GMRES itself, and where |A - c I| is
+small beside |c|, as it is for contractions, they come close. It shows in the residuals: where they fall slowly, GMRES
+goes on with all vectors, from where it is.
 Source: Eisenstat, Elman and Schultz, Variational iterative methods for nonsymmetric systems of linear equations (1983),
 Orthomin(1); Saad, Iterative Methods for Sparse Linear Systems, 2nd edition (2003), section 6.9.
 """
