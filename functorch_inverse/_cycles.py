@@ -20,7 +20,7 @@ def _add(target: Tensor, factor: Tensor, direction: Tensor) -> None:
 
 def _ratio(where: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """a / b in the systems that still move, zero in the others."""
-    return torch.where(where, a, 0) / torch.where(where, b, 1)
+    return torch.where(where, a / b, 0)
 
 
 def conjugate_gradients(s: Systems, active: Tensor, attempt: int) -> Tensor:
@@ -55,23 +55,25 @@ def normal_conjugate_gradients(s: Systems, active: Tensor, attempt: int) -> Tens
     maps, r = s.maps, s.r
     assert maps.adjoint is not None
     gradient = maps.precondition_adjoint(maps.adjoint(r))
-    p, ss, largest = gradient.clone(), norm(gradient) ** 2, torch.zeros_like(s.residual)
+    p, slope, size, largest = gradient.clone(), norm(gradient), s.residual, torch.zeros_like(s.residual)
+    eps = torch.finfo(size.dtype).eps
     while True:
         direction = maps.precondition(p)
         q = maps.mv(direction)
-        qq = norm(q) ** 2
-        largest = torch.maximum(largest, _ratio(ss > 0, norm(q), norm(p)))
-        active = active & (ss.sqrt() > torch.finfo(r.dtype).eps * largest * norm(r)) & (qq > 0)
-        alpha = _ratio(active, ss, qq)
+        reach = norm(q)
+        largest = torch.maximum(largest, _ratio(slope > 0, reach, norm(p)))
+        active = active & (slope > eps * largest * size) & (reach > 0)
+        alpha = _ratio(active, slope, reach).square()
         _add(s.u, alpha, direction)
         _add(r, -alpha, q)
+        size = norm(r)
         s.steps += active
-        active = active & (norm(r) > s.target) & (s.steps < s.max_steps)
+        active = active & (size > s.target) & (s.steps < s.max_steps)
         if not active.any():
             return torch.zeros_like(active)
         gradient = maps.precondition_adjoint(maps.adjoint(r))
-        before, ss = ss, norm(gradient) ** 2
-        p.mul_(_ratio(active, ss, before).unsqueeze(-1)).add_(gradient)
+        before, slope = slope, norm(gradient)
+        p.mul_(_ratio(active, slope, before).square().unsqueeze(-1)).add_(gradient)
 
 
 # The shadow is r in the first round. A breakdown (rho = 0 or sigma = 0) ends the round of its system, and the next
@@ -80,24 +82,26 @@ def normal_conjugate_gradients(s: Systems, active: Tensor, attempt: int) -> Tens
 def bicgstab(s: Systems, active: Tensor, attempt: int) -> Tensor:
     """BiCGStab with the preconditioner on the right, so that r stays the residual of A u = b."""
     maps, r, shadow = s.maps, s.r, _shadow(s.r, attempt)
-    p, rho = r.clone(), dot(shadow, r)
+    p, rho, away = r.clone(), dot(shadow, r), torch.finfo(r.dtype).eps * norm(shadow)
     while True:
         direction = maps.precondition(p)
         v = maps.mv(direction)
         sigma = dot(shadow, v)
-        active = active & _apart(sigma, shadow, v)
+        active = active & (sigma.abs() > away * norm(v))
         alpha = _ratio(active, rho, sigma)
         _add(s.u, alpha, direction)
         _add(r, -alpha, v)
-        smooth = active & (norm(r) > s.target)
+        size = norm(r)
+        smooth = active & (size > s.target)
         direction = maps.precondition(r)
         t = maps.mv(direction)
-        omega = _smoothing(smooth, t, r)
+        omega = _smoothing(smooth, t, r, size)
         _add(s.u, omega, direction)
         _add(r, -omega, t)
         s.steps += active
-        before, rho = rho, dot(shadow, r)
-        active = smooth & (omega != 0) & (norm(r) > s.target) & (s.steps < s.max_steps) & _apart(rho, shadow, r)
+        size, before, rho = norm(r), rho, dot(shadow, r)
+        # <shadow, r> must be more than the rounding errors of orthogonal vectors, as <shadow, v> above.
+        active = smooth & (omega != 0) & (size > s.target) & (s.steps < s.max_steps) & (rho.abs() > away * size)
         if not active.any():
             return torch.zeros_like(active)
         _add(p, -omega, v)
@@ -111,14 +115,10 @@ def _shadow(r: Tensor, attempt: int) -> Tensor:
     return r + attempt * probe * (norm(r) / norm(probe)).unsqueeze(-1)
 
 
-def _apart(product: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Whether <a, b> is more than the rounding errors of orthogonal vectors."""
-    return product.abs() > torch.finfo(a.dtype).eps * norm(a) * norm(b)
-
-
-def _smoothing(where: Tensor, t: Tensor, r: Tensor) -> Tensor:
-    """omega = <t, r> / <t, t>, lengthened where t and r are nearly orthogonal."""
-    where = where & (norm(t) > 0)
-    cosine = _ratio(where, dot(t, r), norm(t) * norm(r))
-    phase = torch.where(cosine == 0, 1, torch.sgn(cosine))
-    return phase * _ratio(where, cosine.abs().clamp(min=0.7) * norm(r), norm(t))
+def _smoothing(where: Tensor, t: Tensor, r: Tensor, size: Tensor) -> Tensor:
+    """omega = <t, r> / <t, t>, lengthened where t and r, whose length is `size`, are nearly orthogonal."""
+    length = norm(t)
+    where = where & (length > 0)
+    stretch = _ratio(where, size, length)
+    cosine = _ratio(where, dot(t, r), length * size)
+    return torch.where(cosine == 0, 1, torch.sgn(cosine)) * cosine.abs().clamp(min=0.7) * stretch

@@ -1,10 +1,13 @@
 r"""One round of restarted GMRES: every row of (k, n) is a system of its own.
 
-    A M V_m = V_{m+1} H,    Q H = (R, 0)^T,    u += M V_m y with R y = |r| Q e_1
+Each step makes the residual r as small as it can be made in the space of all directions z so far,
 
-The rotations are kept as their product Q, so that a step is a fixed number of batched products. Source: Saad,
-Iterative Methods for Sparse Linear Systems, 2nd edition (2003), algorithms 6.9 and 9.5; Giraud, Langou and
-Rozloznik, The loss of orthogonality in the Gram-Schmidt orthogonalization process (2005): twice is enough.
+    A M z_j = w_j + sum_{i<j} h_ij w_i,   w_j orthogonal to the w_i before,   r -= a_j w_j,   a_j = <w_j, r> / <w_j, w_j>,
+
+so that the end is u += M Z y with (I + h) y = a, without rotations. A direction is the residual, or the last w where
+that residual hardly moved, so Z is never stored. Source: Walker and Zhou, A simpler GMRES (1994); Jiranek and
+Rozloznik, Adaptive version of simpler GMRES (2010), for the choice; Giraud, Langou and Rozloznik, The loss of
+orthogonality in the Gram-Schmidt orthogonalization process (2005): twice is enough.
 """
 
 from typing import NamedTuple
@@ -12,85 +15,116 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from functorch_inverse._systems import Systems, norm
+from functorch_inverse._orthomin import Pair, Standing, contract, fast
+from functorch_inverse._systems import Systems, dot, norm
 
 __all__ = ["gmres"]
 
+# What is left of a residual that hardly moved; and in units of eps what no round brings it below, since what rounding adds
+# along vectors that are done with is never taken off again.
+_SLOW, _FLOOR = 0.9, 16
+
 
 def gmres(s: Systems, active: Tensor, restart: int) -> Tensor:
-    """At most `restart` steps of Arnoldi's process, and the u that makes the residual smallest."""
-    k, n = s.b.shape
-    m, moving = min(restart, n), active
-    basis = s.b.new_empty(k, m + 1, n)
-    least_squares = _LeastSquares.empty(s.b, m)
-    basis[:, 0] = _scaled(s.r, active, s.residual)
-    for j in range(m):
-        w = s.maps.mv(s.maps.precondition(basis[:, j]))
-        h, w = _orthogonalised(basis[:, : j + 1], w)
-        rest = norm(w)
-        left = least_squares.add(j, moving, h, rest) * s.residual
-        s.steps += moving
-        moving = moving & (left > s.target) & (rest > 0) & (s.steps < s.max_steps)
-        if not moving.any():
-            break
-        basis[:, j + 1] = _scaled(w, moving, rest)
-    y = least_squares.solve(j + 1) * s.residual.unsqueeze(-1)
-    u = s.maps.precondition((y.unsqueeze(-2) @ basis[:, : j + 1]).squeeze(-2))
-    s.u += torch.where(active.unsqueeze(-1), u, 0)
+    """Two vectors where they are enough, else at most `restart` steps."""
+    # No round brings a true residual down by more than that: what is carried along may become as small as it likes.
+    target = torch.maximum(s.target, torch.finfo(s.residual.dtype).eps * s.residual)
+    standing = contract(s, active, target)
+    if standing is not None:
+        _cycle(s, standing, target, restart)
     return torch.zeros_like(active)
 
 
-def _scaled(v: Tensor, where: Tensor, by: Tensor) -> Tensor:
-    return torch.where(where.unsqueeze(-1), v / by.unsqueeze(-1), 0)
+# Systems that are light keep nothing; they are here so that those beside them need not wait. One that no longer is
+# begins a cycle of its own, with all its steps.
+def _cycle(s: Systems, standing: Standing, target: Tensor, restart: int) -> None:
+    """From a first product on, at most `restart` steps of each system."""
+    moving, light, direction, w, pair = standing
+    r, size, slow, mixed = s.r, norm(s.r), moving, bool(light.any())
+    numbers, most = torch.finfo(size.dtype), min(restart, s.b.shape[-1])
+    floor, tiny = _FLOOR * numbers.eps * size, numbers.tiny
+    space, end = _Space.empty(s.b, 2 * most if mixed else most), torch.full_like(s.steps, most)
+    for j in range(space.a.shape[1]):
+        if j:
+            direction = s.maps.precondition(space.direction(j, slow, r, size))
+            w = s.maps.mv(direction)
+        if mixed:
+            direction, w = pair.next(direction, w, light)
+        w, length = space.orthogonalised(j, w, moving)
+        moving = moving & (length > 0)
+        inverse = torch.where(moving, 1 / length.clamp(min=tiny), 0)
+        a = dot(w, r) * inverse
+        space.add(j, w, *((t.masked_fill(light, 0) for t in (inverse, a)) if mixed else (inverse, a)))
+        r.addcmul_(a.unsqueeze(-1), w, value=-1)
+        before, size = size, norm(r)
+        s.steps += moving
+        moving = moving & (size > target) & (s.steps < s.max_steps)
+        slow = moving & (size > _SLOW * before)
+        moving = moving & ~(slow & (size < floor))
+        if mixed:
+            s.u.addcmul_(torch.where(light, a, 0).unsqueeze(-1), direction)
+            end = torch.where(light, j + 1 + most, end)
+            pair, slow, light = Pair(direction, w, inverse), slow & ~light, light & fast(size, before)
+            moving = moving & (j + 1 < end)
+        if not moving.any():
+            break
+    s.u += s.maps.precondition(space.combination(j + 1, r))
 
 
-def _orthogonalised(basis: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """The part of w along the basis, and the rest: exactly zero where it is only rounding errors."""
-    size, total = norm(w), w.new_zeros(basis.shape[:-1])
-    for _ in range(2):
-        h = (basis.conj() @ w.unsqueeze(-1)).squeeze(-1)
-        w = w - (h.unsqueeze(-2) @ basis).squeeze(-2)
-        total += h
-    noise = norm(w) <= torch.finfo(w.dtype).eps * size
-    return total, w.masked_fill(noise.unsqueeze(-1), 0)
+class _Space(NamedTuple):
+    """The w of a cycle (k, m, n), the rows of h^T, and for each step 1 / <w, w>, a, and |z| / |w| where z is the last w.
 
+    A system that waits has zeros in the last three, so that nothing of it moves.
+    """
 
-class _LeastSquares(NamedTuple):
-    """min_y |e_1 - H y|, column by column: Q H = (R, 0)^T, with a column of the identity where a system waits."""
-
-    q: Tensor
-    r: Tensor
-    rhs: Tensor
+    basis: Tensor
+    h: Tensor
+    inverse: Tensor
+    a: Tensor
+    turn: Tensor
 
     @classmethod
-    def empty(cls, like: Tensor, m: int) -> "_LeastSquares":
-        k = like.shape[0]
-        q, r = (torch.eye(size, dtype=like.dtype, device=like.device).repeat(k, 1, 1) for size in (m + 1, m))
-        return cls(q, r, like.new_zeros(k, m))
+    def empty(cls, like: Tensor, m: int) -> "_Space":
+        k, n = like.shape
+        inverse, turn = like.real.new_zeros(2, k, m)
+        return cls(like.new_empty(k, m, n), like.new_empty(k, m, m), inverse, like.new_zeros(k, m), turn)
 
-    def add(self, j: int, moving: Tensor, h: Tensor, rest: Tensor) -> Tensor:
-        """The j-th column (h, rest) of H; what is left of |e_1 - H y| (0 where the column adds nothing)."""
-        column = (self.q[:, : j + 1, : j + 1] @ h.unsqueeze(-1)).squeeze(-1)
-        last = column[:, j]
-        length = torch.hypot(last.abs(), rest)
-        size = torch.hypot(norm(h), rest)
-        used = moving & (length > torch.finfo(h.dtype).eps * size)
-        phase = torch.where(last == 0, 1, torch.sgn(last))
-        divisor = torch.where(used, length, 1)
-        c = torch.where(used, last.abs() / divisor, 1)
-        self._rotate(j, c, torch.where(used, phase * rest / divisor, 0))
-        self.r[:, :j, j] = torch.where(used.unsqueeze(-1), column[:, :j], 0)
-        self.r[:, j, j] = torch.where(used, phase * length, 1)
-        self.rhs[:, j] = torch.where(used, self.q[:, j, 0], 0)
-        return torch.where(used, self.q[:, j + 1, 0].abs(), 0)
+    def direction(self, j: int, slow: Tensor, r: Tensor, size: Tensor) -> Tensor:
+        """The residual; where it hardly moved the last w, as long as the residual is."""
+        if not slow.any():
+            return r
+        turn = torch.where(slow, size * self.inverse[:, j - 1].sqrt(), 0)
+        self.turn[:, j] = turn
+        return torch.where(slow.unsqueeze(-1), self.basis[:, j - 1] * turn.unsqueeze(-1), r)
 
-    def _rotate(self, j: int, c: Tensor, s: Tensor) -> None:
-        """Rows j and j + 1 of Q."""
-        upper, lower = self.q[:, j].clone(), self.q[:, j + 1].clone()
-        c, s = c.unsqueeze(-1), s.unsqueeze(-1)
-        self.q[:, j] = c * upper + s * lower
-        self.q[:, j + 1] = c * lower - s.conj() * upper
+    def orthogonalised(self, j: int, w: Tensor, moving: Tensor) -> tuple[Tensor, Tensor]:
+        """w without its parts along the basis, and <w, w>: zero where nothing but rounding errors is left."""
+        reach = length = dot(w, w).real
+        if j:
+            w, self.h[:, j, :j] = self._subtracted(j, w)
+            length = dot(w, w).real
+            if (moving & (length < 0.5 * reach)).any():
+                w, again = self._subtracted(j, w)
+                self.h[:, j, :j] += again
+                length = dot(w, w).real
+        return w, length.masked_fill(length <= torch.finfo(length.dtype).eps ** 2 * reach, 0)
 
-    def solve(self, m: int) -> Tensor:
-        """y for the first m columns."""
-        return torch.linalg.solve_triangular(self.r[:, :m, :m], self.rhs[:, :m, None], upper=True).squeeze(-1)
+    def _subtracted(self, j: int, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows times matrices, which is several times faster than matrices times columns."""
+        basis, row = self.basis[:, :j], w.unsqueeze(1)
+        h = torch.bmm(row, basis.mH) * self.inverse[:, :j].unsqueeze(1)
+        return torch.baddbmm(row, h, basis, alpha=-1).squeeze(1), h.squeeze(1)
+
+    def add(self, j: int, w: Tensor, inverse: Tensor, a: Tensor) -> None:
+        """The j-th w, 1 / <w, w> and a."""
+        self.basis[:, j], self.inverse[:, j], self.a[:, j] = w, inverse, a
+
+    # With m steps done, the z of step j was r_j = r_m + (a_j w_j + ... + a_m w_m), or turn_j w_(j-1).
+    def combination(self, m: int, r: Tensor) -> Tensor:
+        """Z y with (I + h) y = a."""
+        h, a, turn = self.h[:, :m, :m].mT, self.a[:, :m], self.turn[:, :m]
+        y = torch.linalg.solve_triangular(h, a.unsqueeze(-1), upper=True, unitriangular=True).squeeze(-1)
+        total = torch.where(turn == 0, y, 0).cumsum(-1)
+        weights = total * a
+        weights[:, :-1] += (turn * y)[:, 1:]
+        return torch.baddbmm((total[:, -1:] * r).unsqueeze(1), weights.unsqueeze(1), self.basis[:, :m]).squeeze(1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from functorch_inverse import _torch
-from functorch_inverse._preconditioner import Apply, Preconditioner, prepare
+from functorch_inverse._preconditioner import Apply, Preconditioner, identity, prepare
 from functorch_inverse._systems import LinearSolution, Maps, Round, Systems, conjugated, flattened, named, norm, refine
 from functorch_inverse.errors import NotConvergedError
 
@@ -146,7 +146,7 @@ class Krylov:
 
     def _other_side(self, b: Tensor, transpose: bool) -> Apply:
         """v -> M^T v, for the methods that use it."""
-        return lambda v: v
+        return identity
 
     def _check(self, systems: Systems) -> None:
         """Whether A is what the method needs."""

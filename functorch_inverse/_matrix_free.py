@@ -53,8 +53,9 @@ def solve_by_values(A: JacobianOperator, solver: ValueSolver, b: Tensor, *, tran
 
 
 def _values(A: JacobianOperator, solver: ValueSolver, b: Tensor, transpose: bool) -> Tensor:
-    maps = (A.rmv, A.mv) if transpose else (A.mv, A.rmv)
-    return solver.values(System(maps[0], maps[1], transpose, len(A.batch) + 1, _near(A, transpose)), b)
+    mv, rmv = (A.mv, A.rmv) if A.equation.near else A.products()  # what is near A leaves few products to take
+    maps = (rmv, mv) if transpose else (mv, rmv)
+    return solver.values(System(*maps, transpose, len(A.batch) + 1, _near(A, transpose)), b)
 
 
 def _near(A: JacobianOperator, transpose: bool) -> MatVec | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from functorch_inverse import _torch
 from functorch_inverse.errors import StructureError
 
-__all__ = ["Preconditioner", "Transposable", "apply_preconditioner", "prepare"]
+__all__ = ["Preconditioner", "Transposable", "apply_preconditioner", "identity", "prepare", "probes"]
 
 Apply = Callable[[Tensor], Tensor]
 
@@ -56,7 +56,7 @@ def apply_preconditioner(preconditioner: Preconditioner, v: Tensor, transpose: b
 def prepare(preconditioner: Preconditioner, like: Tensor, transpose: bool) -> Apply:
     """v -> M v (or M^T v) for many v of one shape."""
     if preconditioner is None:
-        return _identity
+        return identity
     if isinstance(preconditioner, Tensor):
         _refuse_wrapped(preconditioner)
         return _from_tensor(preconditioner.detach(), like, transpose)
@@ -74,7 +74,8 @@ def _refuse_wrapped(tensor: Tensor) -> None:
         )
 
 
-def _identity(v: Tensor) -> Tensor:
+def identity(v: Tensor) -> Tensor:
+    """No preconditioner."""
     return v
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from functorch_inverse import _torch
 from functorch_inverse._chunks import nodes_below, rooted, widest
 from functorch_inverse._rows import jacobian_of_graph
+from functorch_inverse._tape import Tape, tape_of_graph
 from functorch_inverse.errors import NoDerivativeError
 
 __all__ = ["Function", "Pullback", "check_graph", "in_torch", "pushforward"]
@@ -77,6 +78,10 @@ class Pullback:
         """How many numbers the largest tensor from y to the outputs holds; None where all rows stay in a graph anyway."""
         return None
 
+    def tape(self) -> Tape | None:
+        """Cheaper products with df/dy of vectors and its transpose, where they can be had."""
+        return None
+
 
 # Fewer rows of fewer numbers are faster one by one.
 _MANY_ROWS, _MANY_NUMBERS = 6, 1024
@@ -84,6 +89,8 @@ _MANY_ROWS, _MANY_NUMBERS = 6, 1024
 
 class _GraphPullback(Pullback):
     """From the graph of one plain evaluation."""
+
+    nodes: Sequence[Any] | None = None  # the graph, where no other is built upon it
 
     def __init__(self, f: Function, y: Tensors, theta: Tensors, wanted: Sequence[int]) -> None:
         self.y = [t.detach().requires_grad_() for t in y]
@@ -107,17 +114,23 @@ class _GraphPullback(Pullback):
     def matrix(self, chunk: int) -> Tensor | None:
         out, y = self.outputs[0], self.y[0]
         rows = out.shape[-1]
-        if not rows:
+        if self.nodes is None or not rows:
             return None
         if rows == 1 or (rows < _MANY_ROWS and out.numel() < _MANY_NUMBERS):
             units = torch.eye(rows, dtype=out.dtype, device=out.device).unbind()
             return torch.stack([_torch.graph_grad((out,), (y,), (e.expand_as(out),))[0] for e in units], -2)
-        # A backward written in Python may look at what it is given.
-        known = not any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in self.nodes)
-        return jacobian_of_graph(out, y, chunk) if known else None
+        return jacobian_of_graph(out, y, chunk) if self._known() else None
 
     def width(self) -> int | None:
-        return widest(self.nodes)
+        return None if self.nodes is None else widest(self.nodes)
+
+    def tape(self) -> Tape | None:
+        return tape_of_graph(self.outputs[0], self.y[0]) if self._known() else None
+
+    def _known(self) -> bool:
+        """Whether stand-ins can go through the graph: a backward written in Python may look at what it is given."""
+        kind = torch.autograd.function.BackwardCFunction
+        return self.nodes is not None and not any(isinstance(node, kind) for node in self.nodes)
 
     def to_y(self, cotangents: Tensors) -> tuple[Tensor, ...]:
         return self._grad(self.y, cotangents)
@@ -145,12 +158,6 @@ class _RecordedPullback(_GraphPullback):
         self.outputs = _evaluate(f, self.y, leaves)
         check_graph(self.outputs, (*self.y, *self.theta))
 
-    def matrix(self, chunk: int) -> Tensor | None:
-        return None
-
-    def width(self) -> int | None:
-        return None
-
     def _run(self, outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return torch.autograd.grad(outputs, inputs, grads, create_graph=True, materialize_grads=True)
 
@@ -170,9 +177,6 @@ class _OpenPullback(_GraphPullback):
         # Where nothing but y itself is tracked, nobody outside waits for a graph.
         tracked = any(t.requires_grad for t in y) or _graph(self.outputs, self.y)[1] is not None
         self.closed = not ((tracked and torch.is_grad_enabled()) or _torch.dual_level_open())
-
-    def matrix(self, chunk: int) -> Tensor | None:
-        return None
 
     def width(self) -> int | None:
         return widest(_graph(self.outputs, self.y)[0]) if self.closed else None

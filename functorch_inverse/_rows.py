@@ -17,11 +17,11 @@ from torch import Tensor
 
 from functorch_inverse import _torch
 
-__all__ = ["jacobian_of_graph"]
+__all__ = ["DIVISIONS", "ELEMENTWISE", "jacobian_of_graph"]
 
 _aten = torch.ops.aten
 # Linear in one argument, element by element.
-_ELEMENTWISE = {
+ELEMENTWISE = {
     _aten.mul.Tensor, _aten.mul.Scalar, _aten.div.Tensor, _aten.div.Scalar, _aten.neg.default, _aten.detach.default,
     _aten.alias.default, _aten.clone.default, _aten.tanh_backward.default, _aten.sigmoid_backward.default,
     _aten.threshold_backward.default, _aten.gelu_backward.default, _aten.silu_backward.default,
@@ -45,7 +45,7 @@ _BROADCASTING = {
 _SAME_WITH_MORE_DIMS = {
     _aten.bmm.default: torch.matmul, _aten.view.default: torch.reshape, _aten._unsafe_view.default: torch.reshape,
 }  # fmt: skip
-_DIVISIONS = (_aten.div.Tensor, _aten.div.Scalar)
+DIVISIONS = (_aten.div.Tensor, _aten.div.Scalar)
 
 
 def jacobian_of_graph(output: Tensor, y: Tensor, chunk: int) -> Tensor | None:
@@ -134,7 +134,7 @@ def _elementwise(func: Any, args: Any, kwargs: Any) -> _Rows | None:
     mine = [i for i, arg in enumerate(args) if isinstance(arg, _Rows)]
     others = [i for i, arg in enumerate(args) if isinstance(arg, Tensor) and arg.ndim and i not in mine]
     i, rows = mine[0], args[mine[0]]
-    if len(mine) > 1 or not rows.ndim or (func in _DIVISIONS and i):
+    if len(mine) > 1 or not rows.ndim or (func in DIVISIONS and i):
         return None
     shape = rows.shape
     if any(args[k].shape != shape for k in others):
@@ -245,7 +245,7 @@ def _shifted(func: Any, args: list[Any], ndim: int, rows: int) -> list[Any] | No
     return args
 
 
-_RULES = dict.fromkeys(_ELEMENTWISE, _elementwise) | {
+_RULES = dict.fromkeys(ELEMENTWISE, _elementwise) | {
     _aten.add.Tensor: _add,
     _aten.mm.default: _product,
     _aten.mv.default: _product_with_vector,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from functorch_inverse._preconditioner import Apply, probes
+from functorch_inverse._preconditioner import Apply, identity, probes
 from functorch_inverse.errors import StructureError
 
 __all__ = [
@@ -111,6 +111,12 @@ class Systems:
             self.u = torch.where(which.unsqueeze(-1), kept, self.u)
             self.verify()
 
+    def rescale(self, direction: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
+        """M r and A M r, with M from here on times the power of two that makes A M r as long as r."""
+        scale, M = (_size(self.r) / _size(product)).unsqueeze(-1), self.maps.precondition
+        self.maps = self.maps._replace(precondition=lambda v: M(v) * scale)
+        return direction * scale, product * scale
+
     def undefined(self) -> Tensor:
         """Where A, M or b has nan or inf: only these make nan out of zero."""
         nothing = torch.zeros_like(self.b)
@@ -144,21 +150,26 @@ def refine(systems: Systems, step: Round, progress: float) -> None:
 
 def flattened(function: Apply, shape: torch.Size, name: str) -> Apply:
     """A map of (*lead, n) as one of (k, n)."""
+    if function is identity:
+        return function
 
     def flat(v: Tensor) -> Tensor:
-        out = function(v.reshape(shape))
+        out = function(v if v.shape == shape else v.reshape(shape))
         if out.shape != shape or out.dtype != v.dtype:
             raise StructureError(
                 f"`{name}` was called with shape {tuple(shape)} and {v.dtype} and returned shape {tuple(out.shape)} and "
                 f"{out.dtype}; it must return what it got: one product with A for each leading index."
             )
-        return out.detach().reshape(v.shape)
+        out = out.detach() if out.requires_grad else out
+        return out if v.shape == shape else out.reshape(v.shape)
 
     return flat
 
 
 def conjugated(function: Apply) -> Apply:
     """A^H from A^T; for real numbers the same."""
+    if function is identity:
+        return function
     return lambda v: function(v.conj().resolve_conj()).conj().resolve_conj()
 
 

@@ -2,7 +2,7 @@ r"""Linear systems A u = b where A is known only by its products with vectors.
 
     CG          A = A^T > 0          1 product a step     shortest
     NormalCG    any invertible A     A and A^T a step     slow where A is ill-conditioned, never stagnates
-    GMRES       any invertible A     1 product a step     smallest residual; keeps `restart` vectors
+    GMRES       any invertible A     1 product a step     smallest residual; keeps 2 vectors while it falls fast, else `restart`
     BiCGStab    any invertible A     2 products a step    a few vectors, erratic
 
 They compute values. Every leading index of b is a system that stops by itself, and no answer comes back whose true
@@ -88,7 +88,10 @@ class NormalCG(Krylov):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class GMRES(Krylov):
-    r"""Generalised minimal residuals, for any invertible A: one product with A a step, `restart` + 1 vectors.
+    r"""Generalised minimal residuals, for any invertible A: one product with A a step.
+
+    While the residuals fall fast, as they do for contractions :math:`|A - c I| < |c| / 3`, two vectors are kept and not much
+    is lost. Else `restart` of them, and up to twice as many where only a part of the systems is so.
 
     Args:
         restart: after how many steps the vectors are given up and the method begins again where it is.

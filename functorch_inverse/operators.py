@@ -121,6 +121,14 @@ class JacobianOperator:
         """A^T w."""
         return self._columns(self._pull, w)
 
+    def products(self) -> tuple[MatVec, MatVec]:
+        """`mv` and `rmv`, prepared where many of them are to come."""
+        vectors = self.inputs.is_vector and self.outputs.is_vector and self.inputs.dtypes == self.outputs.dtypes
+        tape = self.pullback.tape() if vectors else None
+        if tape is None:
+            return self.mv, self.rmv
+        return functools.partial(self._columns, tape.push), functools.partial(self._columns, tape.pull)
+
     def _froze(self, result: Tensor) -> Tensor:
         return result.detach() if self.frozen else result
 

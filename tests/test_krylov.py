@@ -253,6 +253,129 @@ def test_an_answer_within_atol_is_enough(solver):
     assert got.steps.tolist() == [0, 0] and (got.value == 0).all()
 
 
+# --- the smallest residual --------------------------------------------------------------------------
+
+MATRICES = {
+    "random": lambda n: Draw(11).normal(n, n),
+    "contraction": lambda n: torch.eye(n, **float64) + 0.2 * Draw(11).normal(n, n) / n**0.5,
+    "symmetric": lambda n: torch.linalg.qr(Draw(11).normal(n, n))[0] @ torch.diag(torch.linspace(1, 3, n, **float64)),
+    "rotation": lambda n: (A := Draw(11).normal(n, n)) - A.T + 0.1 * torch.eye(n, **float64),
+    "shift": lambda n: torch.eye(n, **float64).roll(1, 0) + 0.05 * Draw(11).normal(n, n),
+}
+
+
+def smallest(A, b, steps):
+    """min |b - A u| over u in span(b, A b, ..., A^(steps - 1) b), by orthogonal bases from NumPy's QR."""
+    columns, images = [b / b.norm()], []
+    for _ in range(steps):
+        images.append(A @ columns[-1])
+        q = torch.linalg.qr(torch.stack([*columns, images[-1]], -1))[0]
+        columns.append(q[:, -1])
+    q = torch.linalg.qr(torch.stack(images, -1))[0]
+    return (b - q @ (q.T @ b)).norm()
+
+
+@pytest.mark.parametrize("preconditioned", [False, True])
+@pytest.mark.parametrize("name", ["random", "rotation", "shift"])
+def test_gmres_has_the_smallest_residual_at_every_step(name, preconditioned):
+    """Also where a residual does not move, so that the next direction is another one."""
+    n = 10
+    A, b, M = MATRICES[name](n), Draw(12).normal(n), torch.linspace(1, 2, n, **float64)
+    solver = GMRES(preconditioner=M if preconditioned else None, on_failure="warn")
+    for steps in range(1, n):
+        with pytest.warns(RuntimeWarning):
+            got = run(replace(solver, max_steps=steps), A, b)
+        assert got.steps == steps
+        want = smallest(A * M if preconditioned else A, b, steps)
+        torch.testing.assert_close(got.residual, want, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("shifted", [0.0, 4.0])
+def test_two_vectors_are_enough_for_symmetric_systems(shifted):
+    """And for a multiple of I plus a skew matrix: no more steps than the smallest residual takes."""
+    n, A = 60, torch.linalg.qr(Draw(11).normal(60, 60))[0]
+    A, b = (A * torch.linspace(1, 2.5, n, **float64)) @ A.T, Draw(12).normal(n)
+    if shifted:
+        A = (S := Draw(11).normal(n, n) / n**0.5) - S.T + shifted * torch.eye(n, **float64)
+    got = run(GMRES(), A, b)
+    assert smallest(A, b, int(got.steps) - 2) > 1e-10 * b.norm(), "full GMRES would take as many, or one less"
+    assert_close([got.value], [exact(A, b)])
+
+
+@pytest.mark.parametrize("complex_numbers", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_contractions(dtype, complex_numbers):
+    """|A - c I| < |c| / 4: a few steps, any c, and what stands beside it does not matter."""
+    n, draw = 40, Draw(13)
+    make = draw.complex if complex_numbers else draw.normal
+    B, b, one = make(6, n, n) / (8 * n**0.5), make(6, n), torch.eye(n, dtype=torch.float64, device=DEVICE)
+    c = torch.tensor([1.0, -1.0, 7.0, 1e-3, 1e5, 1.0], **float64)[:, None, None]
+    A = c * (one + B)
+    A[5] = make(n, n) / n**0.5 + 1.5 * one
+    A, b = A.to(dtype.to_complex() if complex_numbers else dtype), b.to(dtype.to_complex() if complex_numbers else dtype)
+    both, quick = run(GMRES(), A, b), run(GMRES(), A[:5], b[:5])
+    assert (quick.steps <= 16).all() and torch.equal(both.steps[:5], quick.steps) and both.steps[5] > 20
+    assert_close([both.value[:5], quick.value], [exact(A[:5], b[:5])] * 2, 1e-5 if dtype == torch.float32 else 1e-8)
+
+
+def slowing(n, seed):
+    """A system that contracts in its first steps, and needs all of GMRES for a small part of b."""
+    A = torch.eye(n, **float64) + 0.1 * Draw(seed).normal(n, n) / n**0.5
+    A[: n // 2, : n // 2] = Draw(seed + 1).normal(n // 2, n // 2) / n**0.5 + torch.eye(n // 2, **float64)
+    A[n // 2 :, : n // 2] = A[: n // 2, n // 2 :] = 0
+    b = Draw(seed + 2).normal(n)
+    b[: n // 2] *= 1e-3
+    return A, b
+
+
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_systems_that_slow_down(preconditioned):
+    """Each changes its method when it must, at its own time, beside others that do not, and one that has nan."""
+    n = 40
+    plain = [(MATRICES[name](n), Draw(9).normal(n)) for name in ("contraction", "random")]
+    matrices = [slowing(n, 1), slowing(n, 5), *plain]
+    A, b = (torch.stack(t) for t in zip(*matrices, strict=True))
+    b[1, : n // 2] *= 1e-3
+    M = torch.linspace(1, 1.2, n, **float64) if preconditioned else None
+    solver = GMRES(preconditioner=M)
+    alone = [run(solver, A[i], b[i]) for i in range(4)]
+    for lead in (b, torch.cat((b, b[:1] * torch.nan))):
+        got = run(solver, torch.cat((A, A[:1]))[: len(lead)], lead)
+        assert got.steps[:4].tolist() == [int(s.steps) for s in alone] and len(set(got.steps[:4].tolist())) == 4
+        assert_close([*got.value[:4]], [exact(A, b)[i] for i in range(4)], 1e-7)
+        assert got.value[4:].isnan().all()
+
+
+def test_products_are_shared_by_systems_that_contract_and_others():
+    n, calls = 40, []
+    A = torch.stack([MATRICES["contraction"](n), slowing(n, 1)[0], MATRICES["random"](n) + 6 * torch.eye(n, **float64)])
+    b = torch.stack([Draw(9).normal(n), slowing(n, 1)[1], Draw(8).normal(n)])
+    got = GMRES().run(lambda v: calls.append(0) or product(A)(v), b)
+    assert len(calls) == got.steps.max() + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("spread", [0.1, 0.6])
+def test_gmres_as_far_as_rounding_allows(dtype, spread):
+    """rtol = 0 cannot be reached, but what comes back is as good as a direct solver's."""
+    n = 40
+    A = torch.eye(n, **float64) + spread * Draw(14).normal(50, n, n) / n**0.5
+    A, b = A.to(dtype), Draw(15).normal(50, n).to(dtype)
+    with pytest.warns(RuntimeWarning):
+        got = run(GMRES(rtol=0, on_failure="warn"), A, b)
+    assert (got.residual <= 8 * torch.finfo(dtype).eps * b.norm(dim=-1)).all()
+
+
+@pytest.mark.parametrize("spread", [0.3, 0.8])
+@pytest.mark.parametrize("exponent", [-37, -20, -12, 12, 20, 35])
+def test_very_large_and_very_small_matrices(exponent, spread):
+    """In float32, where the square of A r is out of range."""
+    n = 40
+    A, b = torch.eye(n, **float64) + spread * Draw(14).normal(3, n, n) / n**0.5, Draw(15).normal(3, n)
+    got = run(GMRES(), (A * 10.0**exponent).float(), b.float())
+    assert_close([got.value.double() * 10.0**exponent], [exact(A, b)], 1e-4)
+
+
 # --- breakdowns ------------------------------------------------------------------------------------
 
 
@@ -516,7 +639,7 @@ def test_products_that_are_not_needed_are_not_taken(solver):
     assert calls["A^T"] == {CG: 1, NormalCG: steps}.get(solver, 0)
 
 
-@pytest.mark.parametrize("solver", [CG, NormalCG, BiCGStab])
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_memory_is_a_few_vectors(solver):
     """Counted by the tensors that torch makes during a solve of n = 1e6."""
     n = 10**6

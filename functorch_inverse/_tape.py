@@ -1,0 +1,210 @@
+r"""Products with A^T and A by a straight list of operations, read off the graph of f once.
+
+A backward pass through the graph of f is linear in its cotangent w. One pass with a stand-in for w writes down what
+happens to it, with everything that acts element by element gathered into factors s and t,
+
+    w_i = (s w_j) W,        w_i = s w_j + t w_k,        A^T w = s w_i,
+
+so that a product costs what its formula costs, without the autograd engine; the list backwards is the product with A.
+It keeps a vector for each factor, as the graph does.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from functorch_inverse import _torch
+from functorch_inverse._rows import DIVISIONS, ELEMENTWISE
+
+__all__ = ["Tape", "tape_of_graph"]
+
+_aten = torch.ops.aten
+Known: TypeAlias = list[Tensor | None]
+
+
+class _Term(NamedTuple):
+    """s w_i; None is a factor of one."""
+
+    i: int
+    s: Tensor | None
+
+    def of(self, known: Known) -> Tensor:
+        w = known[self.i]
+        assert w is not None
+        return w if self.s is None else w * self.s
+
+    def receive(self, known: Known, g: Tensor) -> None:
+        """The transpose: w_i gets s g."""
+        g, before = g if self.s is None else g * self.s, known[self.i]
+        known[self.i] = g if before is None else before + g
+
+
+class _Product(NamedTuple):
+    """(s w_j) W."""
+
+    term: _Term
+    weight: Tensor
+
+    def apply(self, known: Known) -> Tensor:
+        return self.term.of(known) @ self.weight
+
+    def transposed(self, known: Known, g: Tensor) -> None:
+        self.term.receive(known, g @ self.weight.mT)
+
+
+class _Sum(NamedTuple):
+    """s w_j + t w_k."""
+
+    term: _Term
+    other: _Term
+
+    def apply(self, known: Known) -> Tensor:
+        return self.term.of(known) + self.other.of(known)
+
+    def transposed(self, known: Known, g: Tensor) -> None:
+        self.term.receive(known, g)
+        self.other.receive(known, g)
+
+
+class _Shaped(NamedTuple):
+    """s w_j in another shape."""
+
+    term: _Term
+    before: torch.Size
+    after: torch.Size
+
+    def apply(self, known: Known) -> Tensor:
+        return self.term.of(known).reshape(self.after)
+
+    def transposed(self, known: Known, g: Tensor) -> None:
+        self.term.receive(known, g.reshape(self.before))
+
+
+class Tape(NamedTuple):
+    """w -> A^T w of vectors (*batch, rows), and v -> A v."""
+
+    steps: Sequence[_Product | _Sum | _Shaped]
+    result: _Term
+
+    def pull(self, w: Tensor) -> Tensor:
+        """A^T w."""
+        known: Known = [w]
+        for step in self.steps:
+            known.append(step.apply(known))
+        return self.result.of(known)
+
+    def push(self, v: Tensor) -> Tensor:
+        """A v."""
+        known: Known = [None] * (len(self.steps) + 1)
+        self.result.receive(known, v)
+        for i, step in reversed(list(enumerate(self.steps, 1))):
+            if (g := known[i]) is not None:
+                known[i] = None
+                step.transposed(known, g)
+        return torch.zeros_like(v) if known[0] is None else known[0]
+
+
+def tape_of_graph(output: Tensor, y: Tensor) -> Tape | None:
+    """The products with A from the graph of output (*batch, rows) = f(y), y of shape (*batch, columns).
+
+    None where the graph has an operation without a rule here.
+    """
+    steps: list[Any] = []
+    try:
+        (last,) = _torch.graph_grad((output,), (y,), (_Recorded(output, output.shape, steps, _Term(0, None)),))
+    except NotImplementedError:
+        return None
+    return Tape(steps, last.term) if isinstance(last, _Recorded) else None
+
+
+class _Recorded(Tensor):
+    """The stand-in for a cotangent; torch sees its shape."""
+
+    steps: list[Any]
+    term: _Term
+    __torch_function__ = _torch.no_torch_function
+
+    @staticmethod
+    def __new__(cls: Any, like: Tensor, shape: Any, steps: list[Any], term: _Term) -> "_Recorded":
+        self = _torch.wrapper(cls, shape, like)
+        self.steps, self.term = steps, term
+        return self
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        rule = _RULES.get(func)
+        found = rule(func, args, kwargs or {}) if rule else None
+        if found is None:
+            raise NotImplementedError(f"no rule for a cotangent through {func}")
+        return found
+
+    def then(self, shape: Any, step: Any) -> "_Recorded":
+        """What one more step gives."""
+        self.steps.append(step)
+        return _Recorded(self, shape, self.steps, _Term(len(self.steps), None))
+
+
+def _elementwise(func: Any, args: Any, kwargs: Any) -> _Recorded | None:
+    places = [i for i, arg in enumerate(args) if isinstance(arg, _Recorded)]
+    if len(places) != 1 or (func in DIVISIONS and places != [0]):
+        return None
+    w = args[places[0]]
+    if not w.ndim or not all(_fits(t.shape, w.shape) for t in args if isinstance(t, Tensor)):
+        return None
+    i, s = w.term
+    one = torch.ones((), dtype=w.dtype, device=w.device).expand((1,) * (w.ndim - 1) + w.shape[-1:]) if s is None else s
+    s = func(*args[: places[0]], one, *args[places[0] + 1 :], **kwargs)
+    return _Recorded(w, w.shape, w.steps, _Term(i, s))
+
+
+def _fits(shape: torch.Size, into: torch.Size) -> bool:
+    """Whether a tensor broadcasts to a shape, and not the other way round."""
+    ends = zip(reversed(shape), reversed(into), strict=False)
+    return shape == into or (len(shape) <= len(into) and all(size in (1, wanted) for size, wanted in ends))
+
+
+def _same(func: Any, args: Any, kwargs: Any) -> _Recorded:
+    (w,) = args
+    return _Recorded(w, w.shape, w.steps, w.term)
+
+
+def _add(func: Any, args: Any, kwargs: Any) -> _Recorded | None:
+    a, b = args
+    if kwargs or not (isinstance(a, _Recorded) and isinstance(b, _Recorded) and a.shape == b.shape):
+        return None
+    return a.then(a.shape, _Sum(a.term, b.term))
+
+
+def _product(func: Any, args: Any, kwargs: Any) -> _Recorded | None:
+    w, weight = args
+    return None if isinstance(weight, _Recorded) else w.then((len(w), weight.shape[-1]), _Product(w.term, weight))
+
+
+def _product_with_vector(func: Any, args: Any, kwargs: Any) -> _Recorded | None:
+    matrix, w = args
+    return None if isinstance(matrix, _Recorded) else w.then((len(matrix),), _Product(w.term, matrix.mT))
+
+
+def _view(func: Any, args: Any, kwargs: Any) -> _Recorded:
+    w, shape = args
+    return w.then(shape, _Shaped(w.term, w.shape, torch.Size(shape)))
+
+
+def _squeezed(func: Any, args: Any, kwargs: Any) -> _Recorded:
+    w, dim = args
+    return _view(func, (w, func(torch.empty(w.shape, device="meta"), dim).shape), kwargs)
+
+
+_RULES: dict[Any, Callable[[Any, Any, Any], _Recorded | None]] = {
+    **dict.fromkeys(ELEMENTWISE, _elementwise),
+    **dict.fromkeys((_aten.detach.default, _aten.alias.default, _aten.clone.default), _same),
+    _aten.add.Tensor: _add,
+    _aten.mm.default: _product,
+    _aten.mv.default: _product_with_vector,
+    _aten.view.default: _view,
+    _aten._unsafe_view.default: _view,
+    _aten.unsqueeze.default: _squeezed,
+    _aten.squeeze.dim: _squeezed,
+}
