@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from functorch_inverse import _torch
 from functorch_inverse._bands import Width, inside, product, transposed
 from functorch_inverse._inspect import inspect
 from functorch_inverse._singular import named
@@ -21,6 +22,11 @@ __all__ = ["bands_of"]
 
 def bands_of(operator: JacobianOperator, width: Width) -> Tensor:
     """The bands (*batch, lower + upper + 1, n) of a square operator; an error if there is something outside them."""
+    bands = _from_graph(operator, width) if _torch.plain() else None
+    return _coloured(operator, width) if bands is None else bands
+
+
+def _coloured(operator: JacobianOperator, width: Width) -> Tensor:
     n, p = operator.shape[1], width.diagonals
     out = operator.pullback.outputs[0]
     place = torch.arange(n, device=out.device)
@@ -29,6 +35,24 @@ def bands_of(operator: JacobianOperator, width: Width) -> Tensor:
     # bands[upper + i - j, j] = A[i, j], and A[i, j] stands at (i mod p, j) among the colours.
     rows = place + torch.arange(-width.upper, width.lower + 1, device=out.device).unsqueeze(-1)
     return _verified(operator, inside(colours.gather(-2, (rows % p).expand(colours.shape)), width), width)
+
+
+def _from_graph(operator: JacobianOperator, width: Width) -> Tensor | None:
+    """The same at once, where f is made of elementwise operations and shifts; what is doubtful is left to the colours."""
+    (y, *others), (output, *_) = operator.y, operator.pullback.outputs
+    if others or not (operator.inputs.is_vector and operator.outputs.is_vector and y.shape == output.shape and y.numel()):
+        return None
+    diagonals = operator.pullback.diagonals(width.diagonals)
+    if diagonals is None or any(entries.dtype != operator.dtype for entries in diagonals.values()):
+        return None
+    bands = y.new_zeros(*y.shape[:-1], width.diagonals, y.shape[-1])
+    for shift, entries in diagonals.items():
+        if -width.lower <= shift <= width.upper:
+            row = bands[..., width.upper - shift, :].copy_(entries)
+            (row[..., :shift] if shift > 0 else row[..., row.shape[-1] + shift :]).zero_()
+        elif entries.any():
+            return None
+    return bands
 
 
 def _verified(operator: JacobianOperator, bands: Tensor, width: Width) -> Tensor:

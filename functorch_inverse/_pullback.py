@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from functorch_inverse import _torch
+from functorch_inverse._diagonals import Diagonals, diagonals_of_graph
 from functorch_inverse._rows import jacobian_of_graph
 from functorch_inverse._vectors import real_dtype
 from functorch_inverse.errors import NoDerivativeError
@@ -73,6 +74,10 @@ class Pullback:
         """df/dy of vectors (*batch, rows, columns), where it can be had at once."""
         return None
 
+    def diagonals(self, most: int) -> Diagonals | None:
+        """Those of df/dy of one vector, where they can be had at once."""
+        return None
+
 
 # Fewer are faster one by one.
 _MANY_ROWS = 6
@@ -80,6 +85,8 @@ _MANY_ROWS = 6
 
 class _GraphPullback(Pullback):
     """From the graph of one plain evaluation."""
+
+    nodes: list[Any] | None = None
 
     def __init__(self, f: Function, y: Tensors, theta: Tensors, wanted: Sequence[int]) -> None:
         self.y = [t.detach().requires_grad_() for t in y]
@@ -101,11 +108,16 @@ class _GraphPullback(Pullback):
         return self._run(pulled, tuple(zeros), tuple(tangents))
 
     def matrix(self) -> Tensor | None:
-        if self.outputs[0].shape[-1] < _MANY_ROWS:
-            return None
-        # A backward written in Python may look at what it is given.
-        known = not any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in self.nodes)
-        return jacobian_of_graph(self.outputs[0], self.y[0]) if known else None
+        many = self.outputs[0].shape[-1] >= _MANY_ROWS
+        return jacobian_of_graph(self.outputs[0], self.y[0]) if many and self._known() else None
+
+    def diagonals(self, most: int) -> Diagonals | None:
+        return diagonals_of_graph(self.outputs[0], self.y[0], most) if self._known() else None
+
+    def _known(self) -> bool:
+        """Not a graph of a graph, and no backward written in Python, which may look at what it is given."""
+        python = torch.autograd.function.BackwardCFunction
+        return self.nodes is not None and not any(isinstance(node, python) for node in self.nodes)
 
     def to_y(self, cotangents: Tensors) -> tuple[Tensor, ...]:
         return self._grad(self.y, cotangents)
@@ -133,9 +145,6 @@ class _RecordedPullback(_GraphPullback):
         self.outputs = _evaluate(f, self.y, leaves)
         _nodes(self.outputs, (*self.y, *self.theta))
 
-    def matrix(self) -> Tensor | None:
-        return None
-
     def _run(self, outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return torch.autograd.grad(outputs, inputs, grads, create_graph=True, materialize_grads=True)
 
@@ -155,9 +164,6 @@ class _OpenPullback(_GraphPullback):
         # Where nothing but y itself is tracked, nobody outside waits for a graph.
         tracked = any(t.requires_grad for t in y) or _graph(self.outputs, self.y)[1] is not None
         self.closed = not ((tracked and torch.is_grad_enabled()) or _torch.dual_level_open())
-
-    def matrix(self) -> Tensor | None:
-        return None
 
     def _run(self, outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         with torch.inference_mode(False), torch.enable_grad():

@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from functorch_inverse import _torch
 from functorch_inverse._banded_rules import LogAbsDet, Solve, factorise
 from functorch_inverse._bands import Width, inside, trimmed
 from functorch_inverse._coloured import bands_of
@@ -130,7 +131,8 @@ class BandedFactors:
             return b + self.bands.sum()
         if self.parts is None:
             return reduced_solve(self.bands, self.width, b.unsqueeze(-2), transpose).squeeze(-2)
-        return Solve.apply(self.bands, *self.parts, b.unsqueeze(-2), self.width, transpose).squeeze(-2)
+        call = Solve.forward if _torch.plain() else Solve.apply  # where nobody differentiates, apply would only cost time
+        return call(self.bands, *self.parts, b.unsqueeze(-2), self.width, transpose).squeeze(-2)
 
     def log_abs_det(self) -> Tensor:
         r""":math:`\log|\det A|`, shape (\*batch)."""
