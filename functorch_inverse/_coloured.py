@@ -43,15 +43,16 @@ def _from_graph(operator: JacobianOperator, width: Width) -> Tensor | None:
     if others or not (operator.inputs.is_vector and operator.outputs.is_vector and y.shape == output.shape and y.numel()):
         return None
     diagonals = operator.pullback.diagonals(width.diagonals)
-    if diagonals is None or any(entries.dtype != operator.dtype for entries in diagonals.values()):
+    if diagonals is None:
         return None
-    bands = y.new_zeros(*y.shape[:-1], width.diagonals, y.shape[-1])
-    for shift, entries in diagonals.items():
-        if -width.lower <= shift <= width.upper:
-            row = bands[..., width.upper - shift, :].copy_(entries)
+    shifts = range(width.upper, -width.lower - 1, -1)
+    if any(entries.dtype != y.dtype or (s not in shifts and entries.any()) for s, entries in diagonals.items()):
+        return None
+    nothing = None if all(s in diagonals for s in shifts) else torch.zeros_like(output)
+    bands = torch.stack([diagonals.get(s, nothing) for s in shifts], -2)
+    for row, shift in zip(bands.unbind(-2), shifts, strict=True):
+        if shift:
             (row[..., :shift] if shift > 0 else row[..., row.shape[-1] + shift :]).zero_()
-        elif entries.any():
-            return None
     return bands
 
 

@@ -41,7 +41,7 @@ class _Shifted(Tensor):
 
     @staticmethod
     def __new__(cls: Any, shape: Any, parts: Diagonals, most: int) -> "_Shifted":
-        self = _torch.wrapper(cls, shape, next(iter(parts.values())))
+        self: _Shifted = _torch.wrapper(cls, shape, next(iter(parts.values())))
         self.parts, self.most = parts, most
         return self
 
@@ -55,18 +55,16 @@ class _Shifted(Tensor):
 
 
 def _elementwise(func: Any, args: Any, kwargs: Any) -> _Shifted | None:
-    places = [i for i, arg in enumerate(args) if isinstance(arg, _Shifted)]
-    if len(places) != 1:
+    i, *others = [i for i, arg in enumerate(args) if isinstance(arg, _Shifted)]
+    if others:
         return None
-    (i,), before, behind = places, args[: places[0]], args[places[0] + 1 :]
-    parts = {s: func(*before, part, *behind, **kwargs) for s, part in args[i].parts.items()}
-    return _same_shape(args[i], parts)
-
-
-def _same_shape(cotangent: _Shifted, parts: Diagonals) -> _Shifted | None:
-    if any(part.shape != cotangent.shape for part in parts.values()):
-        return None
-    return _Shifted(cotangent.shape, parts, cotangent.most)
+    cotangent, before, behind = args[i], args[:i], args[i + 1 :]
+    shape, parts = cotangent.shape, {}
+    for shift, part in cotangent.parts.items():
+        parts[shift] = found = func(*before, part, *behind, **kwargs)
+        if found.shape != shape:
+            return None
+    return _Shifted(shape, parts, cotangent.most)
 
 
 def _quotient(func: Any, args: Any, kwargs: Any) -> _Shifted | None:
@@ -108,7 +106,8 @@ def _slice_backward(func: Any, args: Any, kwargs: Any) -> _Shifted | None:
 
 def _slice(func: Any, args: Any, kwargs: Any) -> _Shifted | None:
     """A part of a cotangent: pulled back to a part of a concatenation."""
-    cotangent, dim, start, end, step = (*args, *(0, None, None, 1)[len(args) - 1 :])
+    cotangent, *given = args
+    dim, start, _, step = (*given, *(0, None, None, 1)[len(given) :])
     if kwargs or step != 1 or dim % cotangent.ndim != cotangent.ndim - 1:
         return None
     return _moved(func, args, kwargs, -_place(start or 0, cotangent.shape[-1]))

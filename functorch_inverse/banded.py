@@ -66,7 +66,7 @@ class Banded:
         """The factors of all samples, shared by all solves with them."""
         last = max(operator.shape[1] - 1, 0)
         width = Width(min(self.lower, last), min(self.upper, last))
-        return BandedFactors.of(bands_of(operator, width), *width, self.on_singular)
+        return BandedFactors._inside(bands_of(operator, width), width, self.on_singular)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +107,11 @@ class BandedFactors:
         """
         _check(bands, lower, upper, on_singular)
         bands, width = trimmed(bands, Width(lower, upper))
-        bands = inside(bands, width)
+        return cls._inside(inside(bands, width), width, on_singular)
+
+    @classmethod
+    def _inside(cls, bands: Tensor, width: Width, on_singular: OnSingular) -> "BandedFactors":
+        """The same of bands with zeros at places outside the matrix."""
         if not bands.numel() or torch.compiler.is_dynamo_compiling():
             return cls(bands, width, None)
         return cls(bands, width, factorise(bands, width, on_singular))
