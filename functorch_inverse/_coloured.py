@@ -42,7 +42,8 @@ def _from_graph(operator: JacobianOperator, width: Width) -> Tensor | None:
     (y, *others), (output, *_) = operator.y, operator.pullback.outputs
     if others or not (operator.inputs.is_vector and operator.outputs.is_vector and y.shape == output.shape and y.numel()):
         return None
-    diagonals = operator.pullback.diagonals(width.diagonals)
+    # More than there are in the end: some may cancel, or be zero.
+    diagonals = operator.pullback.diagonals(2 * width.diagonals + 2)
     if diagonals is None:
         return None
     shifts = range(width.upper, -width.lower - 1, -1)

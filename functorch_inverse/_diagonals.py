@@ -27,7 +27,7 @@ def diagonals_of_graph(output: Tensor, y: Tensor, most: int) -> Diagonals | None
     """
     try:
         (found,) = _torch.graph_grad((output,), (y,), (_Shifted(output.shape, {0: torch.ones_like(output)}, most),))
-    except NotImplementedError:
+    except (RuntimeError, TypeError):  # a hook may do anything with what it is given; NotImplementedError is among these
         return None
     return found.parts if isinstance(found, _Shifted) else None
 
@@ -58,12 +58,15 @@ def _elementwise(func: Any, args: Any, kwargs: Any) -> _Shifted | None:
     i, *others = [i for i, arg in enumerate(args) if isinstance(arg, _Shifted)]
     if others:
         return None
-    cotangent, before, behind = args[i], args[:i], args[i + 1 :]
-    shape, parts = cotangent.shape, {}
-    for shift, part in cotangent.parts.items():
-        parts[shift] = found = func(*before, part, *behind, **kwargs)
-        if found.shape != shape:
-            return None
+    before, behind = args[:i], args[i + 1 :]
+    return _fitting(args[i], {s: func(*before, part, *behind, **kwargs) for s, part in args[i].parts.items()})
+
+
+def _fitting(cotangent: _Shifted, parts: Diagonals) -> _Shifted | None:
+    """What has the shape of a cotangent, and is not too much."""
+    shape = cotangent.shape
+    if len(parts) > cotangent.most or any(part.shape != shape for part in parts.values()):
+        return None
     return _Shifted(shape, parts, cotangent.most)
 
 
@@ -86,45 +89,47 @@ def _add(func: Any, args: Any, kwargs: Any) -> _Shifted | None:
     a, b = args
     if kwargs or not (isinstance(a, _Shifted) and isinstance(b, _Shifted) and a.shape == b.shape):
         return None
-    parts = a.parts | {s: a.parts[s] + part if s in a.parts else part for s, part in b.parts.items()}
-    return _Shifted(a.shape, parts, a.most) if len(parts) <= a.most else None
-
-
-def _moved(func: Any, args: Any, kwargs: Any, by: int) -> _Shifted:
-    cotangent = args[0]
-    parts = {s + by: func(part, *args[1:], **kwargs) for s, part in cotangent.parts.items()}
-    return _Shifted(next(iter(parts.values())).shape, parts, cotangent.most)
+    return _fitting(a, a.parts | {s: a.parts[s] + part if s in a.parts else part for s, part in b.parts.items()})
 
 
 def _slice_backward(func: Any, args: Any, kwargs: Any) -> _Shifted | None:
     """t'[j] = t[j + start], pulled back to t."""
-    _, sizes, dim, start, _, step = args
-    if kwargs or step != 1 or dim % len(sizes) != len(sizes) - 1:
-        return None
-    return _moved(func, args, kwargs, _place(start, sizes[-1]))
+    cotangent, sizes, dim, start, _, step = args
+    by = _start(start, sizes, dim, step, tuple(sizes) == cotangent.shape)
+    return None if kwargs or by is None else _moved(func, args, by)
 
 
 def _slice(func: Any, args: Any, kwargs: Any) -> _Shifted | None:
     """A part of a cotangent: pulled back to a part of a concatenation."""
-    cotangent, *given = args
-    dim, start, _, step = (*given, *(0, None, None, 1)[len(given) :])
-    if kwargs or step != 1 or dim % cotangent.ndim != cotangent.ndim - 1:
+    numbers: Any = (*args[1:], *(0, None, None, 1)[len(args) - 1 :])
+    dim, start, _, step = numbers
+    by = _start(start or 0, args[0].shape, dim, step, False)
+    return None if kwargs or by is None else _moved(func, args, -by)
+
+
+def _start(start: int, sizes: Any, dim: int, step: int, whole: bool) -> int | None:
+    """Where a slice along the last dim begins; 0 of one that leaves nothing out."""
+    if step != 1 or (dim % len(sizes) != len(sizes) - 1 and not whole):
         return None
-    return _moved(func, args, kwargs, -_place(start or 0, cotangent.shape[-1]))
+    return 0 if whole else min(max(start + sizes[-1] if start < 0 else start, 0), sizes[-1])
 
 
-def _place(start: int, size: int) -> int:
-    return min(max(start + size if start < 0 else start, 0), size)
+def _moved(func: Any, args: Any, by: int) -> _Shifted:
+    cotangent, *others = args
+    parts = {s + by: func(part, *others) for s, part in cotangent.parts.items()}
+    return _Shifted(next(iter(parts.values())).shape, parts, cotangent.most)
 
 
 def _pad(func: Any, args: Any, kwargs: Any) -> _Shifted | None:
     """Of a cotangent: pulled back to what was padded, or cut."""
     cotangent, (before, _, *others), value = (*args, 0)[:3]
-    return None if kwargs or any(others) or value != 0 or not cotangent.ndim else _moved(func, args, kwargs, before)
+    return None if kwargs or any(others) or value != 0 or not cotangent.ndim else _moved(func, args, before)
 
 
 def _view(func: Any, args: Any, kwargs: Any) -> _Shifted | None:
-    return None if kwargs or tuple(args[1]) != args[0].shape else args[0]
+    """What changes no shape; torch insists on a new tensor."""
+    cotangent, shape, *_ = args
+    return _Shifted(cotangent.shape, cotangent.parts, cotangent.most) if tuple(shape) == cotangent.shape else None
 
 
 # Linear in one argument, element by element.
@@ -132,7 +137,8 @@ _ELEMENTWISE = (
     _aten.mul.Tensor, _aten.mul.Scalar, _aten.neg.default, _aten.detach.default, _aten.alias.default, _aten.clone.default,
     _aten.tanh_backward.default, _aten.sigmoid_backward.default, _aten.threshold_backward.default,
     _aten.gelu_backward.default, _aten.silu_backward.default, _aten.softplus_backward.default, _aten.elu_backward.default,
-    _aten.leaky_relu_backward.default, _aten.hardtanh_backward.default, _aten._to_copy.default,
+    _aten.leaky_relu_backward.default, _aten.hardtanh_backward.default, _aten.log_sigmoid_backward.default,
+    _aten._to_copy.default,
 )  # fmt: skip
 _RULES = dict.fromkeys(_ELEMENTWISE, _elementwise) | {
     _aten.div.Tensor: _quotient,
