@@ -9,6 +9,7 @@ from torch.autograd import Function
 
 from functorch_inverse import _lapack, _torch
 from functorch_inverse._bands import Width, outer, product, transposed
+from functorch_inverse._cyclic import dominant_solve
 from functorch_inverse._preconditioner import probes
 from functorch_inverse._reduction import reduced_log_abs_det, reduced_solve
 from functorch_inverse._singular import raise_if_singular
@@ -18,8 +19,8 @@ __all__ = ["LogAbsDet", "Solve", "factorise"]
 
 # The factors are three tensors: LAPACK's factors and pivots, or the bands and no pivots; and a taint, which is nan where
 # the sample has no inverse and 0 elsewhere. Such samples are factorised as I, so that nothing of them can reach others.
-# Where all samples are tridiagonal and dominant there are no factors, lu.shape[0] == 0: LAPACK solves from the bands almost
-# as fast as from factors, and to make these costs as much again.
+# Where all samples are tridiagonal and dominant there are no factors, lu.shape[0] == 0: from the bands a system is solved
+# almost as fast as from factors, and to make these costs as much again.
 def factorise(bands: Tensor, width: Width, on_singular: str) -> tuple[Tensor, Tensor, Tensor]:
     """(factors, pivots, taint), constants of every transform; without one, apply would only cost time."""
     call = _Factorise.apply if _torch.transforms_active() else _Factorise.forward
@@ -33,8 +34,8 @@ class _Factorise(Function):
     def forward(bands: Tensor, width: Width, on_singular: str) -> tuple[Tensor, Tensor, Tensor]:
         visible, dominant = _torch.can_inspect(bands), _dominant(bands, width)
         if visible and dominant.all():  # and so finite
-            direct = _lapack.available(bands) and _lapack.tridiagonal(bands, width)
-            return *(_unfactorised if direct else _factorised)(bands, width), bands.real.new_zeros(dominant.shape)
+            make = _unfactorised if max(width) <= 1 else _factorised
+            return *make(bands, width), bands.real.new_zeros(dominant.shape)
         bad = _undefined(bands)
         safe = _without(bands, bad, width) if not visible or bad.any() else bands
         lu, pivots = _factorised(safe, width)
@@ -69,16 +70,14 @@ def _solved(bands: Tensor, lu: Tensor, pivots: Tensor, b: Tensor, width: Width, 
     if _torch.is_legacy_batched(b):
         return _one_by_one(bands, lu, pivots, b, *width, transpose)
     if not lu.shape[0]:
-        return _lapack.solve_tridiagonal(bands, b, width, transpose)
+        return dominant_solve(bands, width, b, transpose)
     if pivots.shape[-1]:
         return _lapack.solve(lu, pivots, b, width, transpose)
     return reduced_solve(lu[0], width, b, transpose)
 
 
 @torch.library.custom_op("functorch_inverse::banded_solve", mutates_args=())
-def _one_by_one(
-    bands: Tensor, lu: Tensor, pivots: Tensor, b: Tensor, lower: int, upper: int, transpose: bool
-) -> Tensor:
+def _one_by_one(bands: Tensor, lu: Tensor, pivots: Tensor, b: Tensor, lower: int, upper: int, transpose: bool) -> Tensor:
     return _solved(bands, lu, pivots, b, Width(lower, upper), transpose).contiguous()
 
 
@@ -203,7 +202,7 @@ class LogAbsDet(Function):
     @staticmethod
     def forward(bands: Tensor, lu: Tensor, pivots: Tensor, taint: Tensor, width: Width) -> Tensor:
         if not lu.shape[0]:
-            lu, pivots = _lapack.factorise(bands.detach(), width)
+            lu, pivots = _factorised(bands.detach(), width)
         return (_lapack.log_abs_det(lu, width) if pivots.shape[-1] else reduced_log_abs_det(lu[0], width)) + taint
 
     @staticmethod

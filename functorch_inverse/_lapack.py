@@ -131,6 +131,19 @@ def _solve_tridiagonal(width: Width, transpose: bool, b: Tensor, bands: Tensor) 
     return _rows(x, b)
 
 
+def solve_rows(a: Tensor, d: Tensor, c: Tensor, b: Tensor) -> Tensor:
+    """x with a_i x_(i-1) + d_i x_i + c_i x_(i+1) = b_i; a, d and c have the shape (*batch, 1, n), and b (*batch, k, n)."""
+    return _confined(_solve_rows, b, a, d, c)
+
+
+def _solve_rows(b: Tensor, a: Tensor, d: Tensor, c: Tensor) -> Tensor:
+    a, c = a.clone(), c.clone()
+    a[..., 0], c[..., -1] = 0, 0
+    a, d, c = [t.resolve_conj().flatten() for t in (a, d, c)]
+    *_, x, _ = _routine("gtsv", b)(a.numpy()[1:], d.numpy(), c.numpy()[:-1], _columns(b), overwrite_b=1)
+    return _rows(x, b)
+
+
 def _columns(b: Tensor) -> Any:
     """A copy of the right-hand sides, as LAPACK wants them."""
     copy = b.resolve_conj().movedim(-2, 0).clone(memory_format=torch.contiguous_format)
