@@ -115,10 +115,10 @@ def _solve(width: Width, transpose: bool, b: Tensor, lu: Tensor, pivots: Tensor)
     if lu.shape[0] == 4:
         below, main, above, second = lu.reshape(4, -1).numpy()
         factors = (below[:-1], main, above[:-1], second[:-2], absolute)
-        x, _ = _routine("gttrs", b)(*factors, right, trans="T" if transpose else "N", overwrite_b=1)
+        x, _ = _routine("gttrs", b)(*factors, right, trans="T" if transpose else "N")
     else:
         factors = (lu.reshape(-1, lu.shape[-1]).numpy().T, *width, right, absolute - 1)
-        x, _ = _routine("gbtrs", b)(*factors, trans=int(transpose), overwrite_b=1)
+        x, _ = _routine("gbtrs", b)(*factors, trans=int(transpose))
     return _rows(x, b)
 
 
@@ -127,7 +127,7 @@ def _solve_tridiagonal(width: Width, transpose: bool, b: Tensor, bands: Tensor) 
     nothing = np.zeros(rows.shape[-1] - 1, rows.dtype) if min(width) == 0 else None
     above, below = rows[0, 1:] if width.upper else nothing, rows[-1, :-1] if width.lower else nothing
     outer = (above, rows[width.upper], below) if transpose else (below, rows[width.upper], above)
-    *_, x, _ = _routine("gtsv", b)(*outer, _columns(b), overwrite_b=1)
+    *_, x, _ = _routine("gtsv", b)(*outer, _columns(b))
     return _rows(x, b)
 
 
@@ -140,14 +140,13 @@ def _solve_rows(b: Tensor, a: Tensor, d: Tensor, c: Tensor) -> Tensor:
     a, c = a.clone(), c.clone()
     a[..., 0], c[..., -1] = 0, 0
     a, d, c = [t.resolve_conj().flatten() for t in (a, d, c)]
-    *_, x, _ = _routine("gtsv", b)(a.numpy()[1:], d.numpy(), c.numpy()[:-1], _columns(b), overwrite_b=1)
+    *_, x, _ = _routine("gtsv", b)(a.numpy()[1:], d.numpy(), c.numpy()[:-1], _columns(b))
     return _rows(x, b)
 
 
 def _columns(b: Tensor) -> Any:
-    """A copy of the right-hand sides, as LAPACK wants them."""
-    copy = b.resolve_conj().movedim(-2, 0).clone(memory_format=torch.contiguous_format)
-    return copy.view(b.shape[-2], -1).numpy().T
+    """The right-hand sides, as LAPACK wants them."""
+    return b.detach().resolve_conj().movedim(-2, 0).reshape(b.shape[-2], -1).numpy().T
 
 
 def _rows(x: Any, b: Tensor) -> Tensor:
