@@ -67,6 +67,7 @@ def _unfactorised(bands: Tensor, width: Width) -> tuple[Tensor, Tensor]:
 
 
 def _solved(bands: Tensor, lu: Tensor, pivots: Tensor, b: Tensor, width: Width, transpose: bool) -> Tensor:
+    """X from the factors; the bands are read where there are none."""
     if _torch.is_legacy_batched(b):
         return _one_by_one(bands, lu, pivots, b, *width, transpose)
     if not lu.shape[0]:

@@ -1,4 +1,4 @@
-"""The bands of a Jacobian from a few passes of f backward.
+"""The bands of a Jacobian from a few passes of f backward, or from one.
 
 Rows i, i + p, i + 2p, ... of a matrix with p = lower + upper + 1 diagonals have no column in common, so one
 cotangent with ones at all of them brings back all their entries at once. Source: Curtis, Powell and
@@ -22,7 +22,7 @@ __all__ = ["bands_of"]
 
 def bands_of(operator: JacobianOperator, width: Width) -> Tensor:
     """The bands (*batch, lower + upper + 1, n) of a square operator; an error if there is something outside them."""
-    bands = _from_graph(operator, width) if _torch.plain() else None
+    bands = _from_graph(operator, width) if _torch.plain() and _torch.can_inspect(operator.y[0]) else None
     return _coloured(operator, width) if bands is None else bands
 
 

@@ -38,21 +38,20 @@ def _reduced(a: Tensor, d: Tensor, c: Tensor, b: Tensor) -> Tensor:
         return _lapack.solve_rows(a, d, c, b)
     odd, even = n // 2, n - n // 2
     both = even - 1  # odd ones that have an even one behind
-    scale = d[..., 0::2].reciprocal()
-    be = b[..., 0::2] * scale
-    scale = -scale
-    ae, ce = a[..., 0::2] * scale, c[..., 0::2] * scale
+    minus = -d[..., 0::2]
+    ae, ce, be = a[..., 0::2] / minus, c[..., 0::2] / minus, b[..., 0::2] / minus
     ao, co = a[..., 1::2], c[..., 1::2][..., :both]
     left = torch.addcmul(d[..., 1::2], ao, ce[..., :odd])
     left[..., :both].addcmul_(co, ae[..., 1:])
-    right = torch.addcmul(b[..., 1::2], ao, be[..., :odd], value=-1)
-    right[..., :both].addcmul_(co, be[..., 1:], value=-1)
+    right = torch.addcmul(b[..., 1::2], ao, be[..., :odd])
+    right[..., :both].addcmul_(co, be[..., 1:])
     behind = co * ce[..., 1:]
     if both < odd:
         behind = torch.nn.functional.pad(behind, (0, 1))
     xo = _reduced(ao * ae[..., :odd], left, behind, right)
-    be[..., 1:].addcmul_(ae[..., 1:], xo[..., :both])
-    be[..., :odd].addcmul_(ce[..., :odd], xo)
+    xe = -be
+    xe[..., 1:].addcmul_(ae[..., 1:], xo[..., :both])
+    xe[..., :odd].addcmul_(ce[..., :odd], xo)
     x = torch.empty_like(b, memory_format=torch.contiguous_format)
-    x[..., 0::2], x[..., 1::2] = be, xo
+    x[..., 0::2], x[..., 1::2] = xe, xo
     return x

@@ -1,7 +1,8 @@
 r"""Banded linear systems in compressed form, O(n) memory, right under every nesting of transforms.
 
 The bands of A are stored as in LAPACK, bands[..., upper + i - j, j] = A[i, j]. On a CPU with SciPy the factors are
-LAPACK's, everywhere else the system is solved by orthogonal cyclic reduction, log2(n) steps of torch.
+LAPACK's, everywhere else the system is solved by orthogonal cyclic reduction, log2(n) steps of torch. Dominant
+tridiagonal systems take a shorter way on both.
 """
 
 from dataclasses import dataclass
@@ -28,8 +29,9 @@ class Banded:
     r"""For a banded A: :math:`A_{ij} = 0` unless :math:`-upper \le i - j \le lower`, in O(n) memory.
 
     The bands come from lower + upper + 1 passes of f backward, whatever n is, and one more pass checks that there is
-    nothing outside of them. They are factorised by LAPACK's banded routines on a CPU with SciPy, by orthogonal cyclic
-    reduction, log2(n) steps of torch, otherwise.
+    nothing outside of them; where f is made of elementwise operations, slices, pads and concatenations, one pass shows
+    both. They are factorised by LAPACK's banded routines on a CPU with SciPy, by orthogonal cyclic reduction, log2(n)
+    steps of torch, otherwise. Tridiagonal matrices with dominant columns need no factors and no pivots.
 
     Args:
         lower, upper: how many diagonals stand below and above the main one. `Banded(0, 0)`: f is elementwise.

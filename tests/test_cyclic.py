@@ -91,3 +91,12 @@ def test_inputs_stay_as_they_are(backend):
     copies = bands.clone(), u.clone()
     dominant_solve(bands, TRIDIAGONAL, u, True)
     assert torch.equal(bands, copies[0]) and torch.equal(u, copies[1])
+
+
+@either
+@pytest.mark.parametrize("size", [1e-307, 1e307])
+def test_numbers_near_the_end_of_the_range(backend, transpose, size):
+    """Their reciprocals have no digits left."""
+    bands, u = systems(2, n=21)
+    b = product(bands, TRIDIAGONAL, u, transpose)
+    assert_close([dominant_solve(bands * size, TRIDIAGONAL, b * size, transpose)], [u], 1e-11)

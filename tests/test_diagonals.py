@@ -308,3 +308,17 @@ def test_singular_samples_are_named():
             (got,) = torch.autograd.grad(g(x).sum(), x)
             assert got[1].isnan().all()
             assert_close([got[::2]], [1 / (2 * y[::2])])
+
+
+def test_traces(coloured):
+    """Nothing can be looked at there."""
+    y = points(2)
+    g = fi.custom_inverse(lambda x: y.clone(), stencil, event_dim=1, linear_solver=fi.Banded(1, 1))
+
+    def gradient(x, v):
+        return torch.autograd.grad(g(x), x, v)[0]
+
+    x = stencil(y).requires_grad_()
+    traced = torch.fx.experimental.proxy_tensor.make_fx(gradient)(x, y.sin())
+    assert_close([traced(x, y.cos())], [transposed_solve(y, y.cos())], 1e-9)
+    assert coloured
