@@ -115,7 +115,8 @@ def _dominant(bands: Tensor, width: Width) -> Tensor:
     margin = sizes[width.upper] * (1 - _rounding(bands.shape[-1], width, bands, True))
     for size in (*sizes[: width.upper], *sizes[width.upper + 1 :]):
         margin -= size
-    return (margin / sizes[width.upper]).amin(-1) > 0  # nan where the diagonal is infinite
+    margin /= sizes[width.upper]
+    return margin.amin(-1) > 0  # nan where the diagonal is infinite
 
 
 def _singular(bands: Tensor, lu: Tensor, pivots: Tensor, width: Width) -> Tensor:

@@ -49,7 +49,7 @@ def _reduced(a: Tensor, d: Tensor, c: Tensor, b: Tensor) -> Tensor:
     if both < odd:
         behind = torch.nn.functional.pad(behind, (0, 1))
     xo = _reduced(ao * ae[..., :odd], left, behind, right)
-    xe = -be
+    xe = be.neg_()
     xe[..., 1:].addcmul_(ae[..., 1:], xo[..., :both])
     xe[..., :odd].addcmul_(ce[..., :odd], xo)
     x = torch.empty_like(b, memory_format=torch.contiguous_format)
