@@ -9,6 +9,7 @@ from torch.autograd import Function
 
 from functorch_inverse import _lapack, _torch
 from functorch_inverse._bands import Width, outer, product, transposed
+from functorch_inverse._cyclic import dominant_solve
 from functorch_inverse._preconditioner import probes
 from functorch_inverse._reduction import reduced_log_abs_det, reduced_solve
 from functorch_inverse._singular import raise_if_singular
@@ -18,6 +19,8 @@ __all__ = ["LogAbsDet", "Solve", "factorise"]
 
 # The factors are three tensors: LAPACK's factors and pivots, or the bands and no pivots; and a taint, which is nan where
 # the sample has no inverse and 0 elsewhere. Such samples are factorised as I, so that nothing of them can reach others.
+# Where all samples are tridiagonal and dominant there are no factors, lu.shape[0] == 0: from the bands a system is solved
+# almost as fast as from factors, and to make these costs as much again.
 def factorise(bands: Tensor, width: Width, on_singular: str) -> tuple[Tensor, Tensor, Tensor]:
     """(factors, pivots, taint), constants of every transform; without one, apply would only cost time."""
     call = _Factorise.apply if _torch.transforms_active() else _Factorise.forward
@@ -31,7 +34,8 @@ class _Factorise(Function):
     def forward(bands: Tensor, width: Width, on_singular: str) -> tuple[Tensor, Tensor, Tensor]:
         visible, dominant = _torch.can_inspect(bands), _dominant(bands, width)
         if visible and dominant.all():  # and so finite
-            return *_factorised(bands, width), _taint(~dominant, bands)
+            make = _unfactorised if max(width) <= 1 else _factorised
+            return *make(bands, width), bands.real.new_zeros(dominant.shape)
         bad = _undefined(bands)
         safe = _without(bands, bad, width) if not visible or bad.any() else bands
         lu, pivots = _factorised(safe, width)
@@ -57,17 +61,25 @@ def _factorised(bands: Tensor, width: Width) -> tuple[Tensor, Tensor]:
     return bands.unsqueeze(0).clone(), bands.new_zeros(*bands.shape[:-2], 0, dtype=torch.int32)
 
 
-def _solved(lu: Tensor, pivots: Tensor, b: Tensor, width: Width, transpose: bool) -> Tensor:
+def _unfactorised(bands: Tensor, width: Width) -> tuple[Tensor, Tensor]:
+    batch = bands.shape[:-2]
+    return bands.new_empty(0, *batch, 0), bands.new_empty(*batch, 0, dtype=torch.int32)
+
+
+def _solved(bands: Tensor, lu: Tensor, pivots: Tensor, b: Tensor, width: Width, transpose: bool) -> Tensor:
+    """X from the factors; the bands are read where there are none."""
     if _torch.is_legacy_batched(b):
-        return _one_by_one(lu, pivots, b, *width, transpose)
+        return _one_by_one(bands, lu, pivots, b, *width, transpose)
+    if not lu.shape[0]:
+        return dominant_solve(bands, width, b, transpose)
     if pivots.shape[-1]:
         return _lapack.solve(lu, pivots, b, width, transpose)
     return reduced_solve(lu[0], width, b, transpose)
 
 
 @torch.library.custom_op("functorch_inverse::banded_solve", mutates_args=())
-def _one_by_one(lu: Tensor, pivots: Tensor, b: Tensor, lower: int, upper: int, transpose: bool) -> Tensor:
-    return _solved(lu, pivots, b, Width(lower, upper), transpose).contiguous()
+def _one_by_one(bands: Tensor, lu: Tensor, pivots: Tensor, b: Tensor, lower: int, upper: int, transpose: bool) -> Tensor:
+    return _solved(bands, lu, pivots, b, Width(lower, upper), transpose).contiguous()
 
 
 def _undefined(bands: Tensor) -> Tensor:
@@ -99,9 +111,12 @@ def _rounding(n: int, width: Width, like: Tensor, levels: bool) -> float:
 
 def _dominant(bands: Tensor, width: Width) -> Tensor:
     """Which samples are certainly not singular, from the size of their diagonals alone."""
-    sizes = bands.abs()
-    allowed = 2 - _rounding(bands.shape[-1], width, bands, True)
-    return (sizes.sum(-2) < allowed * sizes[..., width.upper, :]).all(-1)
+    sizes = bands.abs().unbind(-2)
+    margin = sizes[width.upper] * (1 - _rounding(bands.shape[-1], width, bands, True))
+    for size in (*sizes[: width.upper], *sizes[width.upper + 1 :]):
+        margin -= size
+    margin /= sizes[width.upper]
+    return margin.amin(-1) > 0  # nan where the diagonal is infinite
 
 
 def _singular(bands: Tensor, lu: Tensor, pivots: Tensor, width: Width) -> Tensor:
@@ -121,7 +136,7 @@ def _hidden(sizes: Tensor, columns: Tensor, patterns: tuple[Tensor, ...], lu: Te
     """c eps | W^-1 A^-1 |A| W | for W^-1 = columns."""
     weights = _reciprocal(columns)
     b = product(sizes, width, weights, False) * torch.stack(patterns, -2)
-    found = (_solved(lu, pivots, b.to(lu.dtype), width, False) / weights).abs().flatten(-2).amax(-1)
+    found = (_solved(lu[0], lu, pivots, b.to(lu.dtype), width, False) / weights).abs().flatten(-2).amax(-1)
     return _rounding(columns.shape[-1], width, columns, not pivots.shape[-1]) * found
 
 
@@ -138,7 +153,8 @@ class Solve(Function):
 
     @staticmethod
     def forward(bands: Tensor, lu: Tensor, pivots: Tensor, taint: Tensor, b: Tensor, width: Width, transpose: bool) -> Tensor:
-        return _solved(lu, pivots, b, width, transpose) + taint[..., None, None]
+        x = _solved(bands.detach(), lu, pivots, b, width, transpose)
+        return x + taint[..., None, None] if lu.shape[0] else x
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -187,6 +203,8 @@ class LogAbsDet(Function):
 
     @staticmethod
     def forward(bands: Tensor, lu: Tensor, pivots: Tensor, taint: Tensor, width: Width) -> Tensor:
+        if not lu.shape[0]:
+            lu, pivots = _factorised(bands.detach(), width)
         return (_lapack.log_abs_det(lu, width) if pivots.shape[-1] else reduced_log_abs_det(lu[0], width)) + taint
 
     @staticmethod

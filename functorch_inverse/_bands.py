@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Width", "inside", "outer", "product", "transposed", "trimmed"]
+__all__ = ["Width", "inside", "outer", "product", "shifted", "transposed", "trimmed"]
 
 
 class Width(NamedTuple):
@@ -47,7 +47,7 @@ def _inside(row: Tensor, offset: int) -> Tensor:
     return torch.cat([zeros, kept] if offset < 0 else [kept, zeros], -1) if offset else row
 
 
-def _shifted(x: Tensor, by: int) -> Tensor:
+def shifted(x: Tensor, by: int) -> Tensor:
     """y[i] = x[i + by], zero where that does not exist."""
     if not by:
         return x
@@ -66,17 +66,17 @@ def product(bands: Tensor, width: Width, x: Tensor, transpose: bool) -> Tensor:
     total = torch.zeros_like(x)
     for diagonal, offset in zip(bands.unbind(-2), _offsets(width), strict=True):
         values = diagonal.unsqueeze(-2)
-        total = total + (values * _shifted(x, offset) if transpose else _shifted(values * x, -offset))
+        total = total + (values * shifted(x, offset) if transpose else shifted(values * x, -offset))
     return total
 
 
 def outer(u: Tensor, v: Tensor, width: Width) -> Tensor:
     """The bands of u^T v, summed over the k rows."""
-    return torch.stack([(_shifted(u, offset) * v).sum(-2) for offset in _offsets(width)], -2)
+    return torch.stack([(shifted(u, offset) * v).sum(-2) for offset in _offsets(width)], -2)
 
 
 def transposed(bands: Tensor, width: Width) -> Tensor:
     """The bands of A^T, whose width is `width.swapped`."""
     reversed_rows = bands.flip(-2).unbind(-2)
-    moved = [_shifted(row, offset) for row, offset in zip(reversed_rows, _offsets(width.swapped), strict=True)]
+    moved = [shifted(row, offset) for row, offset in zip(reversed_rows, _offsets(width.swapped), strict=True)]
     return torch.stack(moved, -2)

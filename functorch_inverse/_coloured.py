@@ -1,4 +1,4 @@
-"""The bands of a Jacobian from a few passes of f backward.
+"""The bands of a Jacobian from a few passes of f backward, or from one.
 
 Rows i, i + p, i + 2p, ... of a matrix with p = lower + upper + 1 diagonals have no column in common, so one
 cotangent with ones at all of them brings back all their entries at once. Source: Curtis, Powell and
@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from functorch_inverse import _torch
 from functorch_inverse._bands import Width, inside, product, transposed
 from functorch_inverse._inspect import inspect
 from functorch_inverse._singular import named
@@ -21,6 +22,11 @@ __all__ = ["bands_of"]
 
 def bands_of(operator: JacobianOperator, width: Width) -> Tensor:
     """The bands (*batch, lower + upper + 1, n) of a square operator; an error if there is something outside them."""
+    bands = _from_graph(operator, width) if _torch.plain() and _torch.can_inspect(operator.y[0]) else None
+    return _coloured(operator, width) if bands is None else bands
+
+
+def _coloured(operator: JacobianOperator, width: Width) -> Tensor:
     n, p = operator.shape[1], width.diagonals
     out = operator.pullback.outputs[0]
     place = torch.arange(n, device=out.device)
@@ -29,6 +35,27 @@ def bands_of(operator: JacobianOperator, width: Width) -> Tensor:
     # bands[upper + i - j, j] = A[i, j], and A[i, j] stands at (i mod p, j) among the colours.
     rows = place + torch.arange(-width.upper, width.lower + 1, device=out.device).unsqueeze(-1)
     return _verified(operator, inside(colours.gather(-2, (rows % p).expand(colours.shape)), width), width)
+
+
+def _from_graph(operator: JacobianOperator, width: Width) -> Tensor | None:
+    """The same at once, where f is made of elementwise operations and shifts; what is doubtful is left to the colours."""
+    graph = operator.graph
+    if graph is None or graph.y.shape != graph.output.shape or not graph.y.numel():
+        return None
+    y, output = graph.y, graph.output
+    # More than there are in the end: some may cancel, or be zero.
+    diagonals = graph.diagonals(2 * width.diagonals + 2)
+    if diagonals is None:
+        return None
+    shifts = range(width.upper, -width.lower - 1, -1)
+    if any(entries.dtype != y.dtype or (s not in shifts and entries.any()) for s, entries in diagonals.items()):
+        return None
+    nothing = None if all(s in diagonals for s in shifts) else torch.zeros_like(output)
+    bands = torch.stack([diagonals.get(s, nothing) for s in shifts], -2)
+    for row, shift in zip(bands.unbind(-2), shifts, strict=True):
+        if shift:
+            (row[..., :shift] if shift > 0 else row[..., row.shape[-1] + shift :]).zero_()
+    return bands
 
 
 def _verified(operator: JacobianOperator, bands: Tensor, width: Width) -> Tensor:

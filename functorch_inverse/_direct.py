@@ -16,8 +16,9 @@ from functorch_inverse import _torch
 from functorch_inverse._attach import attach_plainly
 from functorch_inverse._call import Given, Values, solve
 from functorch_inverse._capture import Captured
+from functorch_inverse._graph import check_graph
 from functorch_inverse._inverse import InverseProblem
-from functorch_inverse._pullback import Tensors, check_graph, in_torch
+from functorch_inverse._pullback import Tensors, in_torch
 from functorch_inverse._rules import ImplicitRule, Pull
 from functorch_inverse._sight import Sight
 from functorch_inverse._tree import ONE_TENSOR, PLAIN, Tree

@@ -7,8 +7,11 @@ from their own row. Source: Golub and Van Loan, Matrix Computations, 4th edition
 """
 
 import functools
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,28 +46,35 @@ def _routine(name: str, like: Tensor) -> Any:
 
 def factorise(bands: Tensor, width: Width) -> tuple[Tensor, Tensor]:
     """The factors and pivots of finite bands (*batch, count, n)."""
-    tridiagonal = max(width) <= 1 and bands.shape[-1] >= 3
-    lu, pivots = (_tridiagonal if tridiagonal else _general)(bands, width)
-    rows = torch.arange(pivots.numel(), dtype=torch.int32).view_as(pivots)
-    return lu, pivots - rows
+    return (_tridiagonal if tridiagonal(bands, width) else _general)(bands, width)
+
+
+def tridiagonal(bands: Tensor, width: Width) -> bool:
+    """Whether LAPACK's routines for tridiagonal matrices take these."""
+    return max(width) <= 1 and bands.shape[-1] >= 3
+
+
+def _places(like: Tensor, first: int) -> Tensor:
+    """Where each row of a batch stands among all of them."""
+    return torch.arange(first, first + like.numel(), dtype=torch.int32).view_as(like)
 
 
 def _tridiagonal(bands: Tensor, width: Width) -> tuple[Tensor, Tensor]:
     batch, n = bands.shape[:-2], bands.shape[-1]
     rows = bands.movedim(-2, 0).reshape(width.diagonals, -1)
-    lu = rows.new_zeros(4, rows.shape[-1])
+    lu = rows.new_empty(4, rows.shape[-1])
+    lu[0] = rows[width.upper + 1] if width.lower else 0
     lu[1] = rows[width.upper]
-    if width.lower:
-        lu[0] = rows[width.upper + 1]
-    if width.upper:
-        lu[2, :-1] = rows[0, 1:]
+    lu[2, :-1] = rows[0, 1:] if width.upper else 0
     below, main, above, _ = lu.numpy()
     *results, second, pivots, _ = _routine("gttrf", bands)(below[:-1], main, above[:-1], 1, 1, 1)
     for place, result in zip((below[:-1], main, above[:-1]), results, strict=True):
         if result.ctypes.data != place.ctypes.data:
             place[...] = result
     lu[3, :-2] = torch.from_numpy(second)
-    return lu.view(4, *batch, n), torch.from_numpy(pivots).view(*batch, n) - 1
+    lu[2, -1:], lu[3, -2:] = 0, 0
+    pivots = torch.from_numpy(pivots).view(*batch, n)
+    return lu.view(4, *batch, n), pivots.sub_(_places(pivots, 1))
 
 
 def _general(bands: Tensor, width: Width) -> tuple[Tensor, Tensor]:
@@ -72,39 +82,74 @@ def _general(bands: Tensor, width: Width) -> tuple[Tensor, Tensor]:
     columns = bands.mT.reshape(-1, width.diagonals)
     storage = torch.cat([columns.new_zeros(columns.shape[0], width.lower), columns], -1)
     lu, pivots, _ = _routine("gbtrf", bands)(storage.numpy().T, *width, overwrite_ab=1)
-    return torch.from_numpy(lu.T).view(1, *batch, n, -1), torch.from_numpy(pivots).view(*batch, n)
+    pivots = torch.from_numpy(pivots).view(*batch, n)
+    return torch.from_numpy(lu.T).view(1, *batch, n, -1), pivots.sub_(_places(pivots, 0))
 
 
 def solve(lu: Tensor, pivots: Tensor, b: Tensor, width: Width, transpose: bool) -> Tensor:
     """A^-1 b, or A^-T b, for b of shape (*batch, k, n)."""
-    x = _solve(lu, pivots, b, width, transpose)
-    if x.sum().isfinite() or x.isfinite().all():
+    count = b.ndim - 2
+    return _confined(partial(_solve, width, transpose), b, lu.movedim(0, count), pivots)
+
+
+def solve_tridiagonal(bands: Tensor, b: Tensor, width: Width, transpose: bool) -> Tensor:
+    """The same from the bands themselves."""
+    return _confined(partial(_solve_tridiagonal, width, transpose), b, bands)
+
+
+def _confined(solve: Callable[..., Tensor], b: Tensor, *factors: Tensor) -> Tensor:
+    """Zeros between neighbours do not stop nan and inf: whoever has any is solved alone."""
+    x = solve(b, *factors)
+    if b.ndim == 2 or x.sum().isfinite() or x.isfinite().all():
         return x
-    # Zeros between neighbours do not stop nan and inf: whoever has any is solved alone.
-    return x if x.ndim == 2 else _alone(lu, pivots, b, width, transpose, x.contiguous())
+    alone = x.contiguous().flatten(0, -3)
+    inputs = [t.flatten(0, b.ndim - 3) for t in (b, *factors)]
+    for i in (~alone.isfinite()).flatten(1).any(-1).nonzero().flatten().tolist():
+        alone[i] = solve(*(t[i] for t in inputs))
+    return alone.view(x.shape)
 
 
-def _alone(lu: Tensor, pivots: Tensor, b: Tensor, width: Width, transpose: bool, x: Tensor) -> Tensor:
-    batch = b.shape[:-2]
-    lus, rows = lu.reshape(lu.shape[0], -1, *lu.shape[1 + len(batch) :]), pivots.reshape(-1, pivots.shape[-1])
-    x, b = x.reshape(-1, *x.shape[-2:]), b.reshape(-1, *b.shape[-2:])
-    for i in (~x.isfinite()).flatten(1).any(-1).nonzero().flatten().tolist():
-        x[i] = _solve(lus[:, i], rows[i], b[i], width, transpose)
-    return x.view(*batch, *x.shape[-2:])
-
-
-def _solve(lu: Tensor, pivots: Tensor, b: Tensor, width: Width, transpose: bool) -> Tensor:
-    columns = b.resolve_conj().movedim(-2, 0).clone(memory_format=torch.contiguous_format).view(b.shape[-2], -1)
-    right = columns.numpy().T
-    rows = torch.arange(pivots.numel(), dtype=torch.int32)
-    absolute = (pivots.reshape(-1) + rows).numpy()
+def _solve(width: Width, transpose: bool, b: Tensor, lu: Tensor, pivots: Tensor) -> Tensor:
+    lu, right = lu.movedim(b.ndim - 2, 0).resolve_conj(), _columns(b)
+    absolute = (pivots + _places(pivots, 1)).flatten().numpy()
     if lu.shape[0] == 4:
-        below, main, above, second = lu.resolve_conj().reshape(4, -1).numpy()
-        factors = (below[:-1], main, above[:-1], second[:-2], absolute + 1)
-        x, _ = _routine("gttrs", b)(*factors, right, trans="T" if transpose else "N", overwrite_b=1)
+        below, main, above, second = lu.reshape(4, -1).numpy()
+        factors = (below[:-1], main, above[:-1], second[:-2], absolute)
+        x, _ = _routine("gttrs", b)(*factors, right, trans="T" if transpose else "N")
     else:
-        factors = (lu.resolve_conj().reshape(-1, lu.shape[-1]).numpy().T, *width, right, absolute)
-        x, _ = _routine("gbtrs", b)(*factors, trans=int(transpose), overwrite_b=1)
+        factors = (lu.reshape(-1, lu.shape[-1]).numpy().T, *width, right, absolute - 1)
+        x, _ = _routine("gbtrs", b)(*factors, trans=int(transpose))
+    return _rows(x, b)
+
+
+def _solve_tridiagonal(width: Width, transpose: bool, b: Tensor, bands: Tensor) -> Tensor:
+    rows = bands.resolve_conj().movedim(-2, 0).reshape(width.diagonals, -1).numpy()
+    nothing = np.zeros(rows.shape[-1] - 1, rows.dtype) if min(width) == 0 else None
+    above, below = rows[0, 1:] if width.upper else nothing, rows[-1, :-1] if width.lower else nothing
+    outer = (above, rows[width.upper], below) if transpose else (below, rows[width.upper], above)
+    *_, x, _ = _routine("gtsv", b)(*outer, _columns(b))
+    return _rows(x, b)
+
+
+def solve_rows(a: Tensor, d: Tensor, c: Tensor, b: Tensor) -> Tensor:
+    """x with a_i x_(i-1) + d_i x_i + c_i x_(i+1) = b_i; a, d and c have the shape (*batch, 1, n), and b (*batch, k, n)."""
+    return _confined(_solve_rows, b, a, d, c)
+
+
+def _solve_rows(b: Tensor, a: Tensor, d: Tensor, c: Tensor) -> Tensor:
+    a, c = a.clone(), c.clone()
+    a[..., 0], c[..., -1] = 0, 0
+    a, d, c = [t.resolve_conj().flatten() for t in (a, d, c)]
+    *_, x, _ = _routine("gtsv", b)(a.numpy()[1:], d.numpy(), c.numpy()[:-1], _columns(b))
+    return _rows(x, b)
+
+
+def _columns(b: Tensor) -> Any:
+    """The right-hand sides, as LAPACK wants them."""
+    return b.detach().resolve_conj().movedim(-2, 0).reshape(b.shape[-2], -1).numpy().T
+
+
+def _rows(x: Any, b: Tensor) -> Tensor:
     return torch.from_numpy(x.T).view(b.shape[-2], *b.shape[:-2], b.shape[-1]).movedim(0, -2)
 
 

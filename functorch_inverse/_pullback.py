@@ -16,11 +16,10 @@ from torch import Tensor
 
 from functorch_inverse import _torch
 from functorch_inverse._chunks import nodes_below, rooted, widest
-from functorch_inverse._rows import jacobian_of_graph
-from functorch_inverse._tape import Tape, tape_of_graph
+from functorch_inverse._graph import Graph, check_graph, walk
 from functorch_inverse.errors import NoDerivativeError
 
-__all__ = ["Function", "Pullback", "check_graph", "in_torch", "pushforward"]
+__all__ = ["Function", "Pullback", "in_torch", "pushforward"]
 
 Tensors: TypeAlias = Sequence[Tensor]
 # (y leaves, theta leaves) -> x leaves
@@ -70,21 +69,13 @@ class Pullback:
         """df/dy times one set of tangents, as the transpose of `to_y`."""
         raise NotImplementedError
 
-    def matrix(self, chunk: int) -> Tensor | None:
-        """df/dy of vectors (*batch, rows, columns) in memory of its own, so many rows at once, where there is a fast way."""
+    def graph(self) -> Graph | None:
+        """The graph of an f of one leaf, where it is known and no other is built upon it."""
         return None
 
     def width(self) -> int | None:
         """How many numbers the largest tensor from y to the outputs holds; None where all rows stay in a graph anyway."""
         return None
-
-    def tape(self) -> Tape | None:
-        """Cheaper products with df/dy of vectors and its transpose, where they can be had."""
-        return None
-
-
-# Fewer rows of fewer numbers are faster one by one.
-_MANY_ROWS, _MANY_NUMBERS = 6, 1024
 
 
 class _GraphPullback(Pullback):
@@ -111,26 +102,12 @@ class _GraphPullback(Pullback):
         zeros, pulled = self.transposed
         return self._run(pulled, tuple(zeros), tuple(tangents))
 
-    def matrix(self, chunk: int) -> Tensor | None:
-        out, y = self.outputs[0], self.y[0]
-        rows = out.shape[-1]
-        if self.nodes is None or not rows:
-            return None
-        if rows == 1 or (rows < _MANY_ROWS and out.numel() < _MANY_NUMBERS):
-            units = torch.eye(rows, dtype=out.dtype, device=out.device).unbind()
-            return torch.stack([_torch.graph_grad((out,), (y,), (e.expand_as(out),))[0] for e in units], -2)
-        return jacobian_of_graph(out, y, chunk) if self._known() else None
+    def graph(self) -> Graph | None:
+        return None if self.nodes is None else Graph(self.outputs[0], self.y[0], self.nodes)
 
     def width(self) -> int | None:
         return None if self.nodes is None else widest(self.nodes)
 
-    def tape(self) -> Tape | None:
-        return tape_of_graph(self.outputs[0], self.y[0]) if self._known() else None
-
-    def _known(self) -> bool:
-        """Whether stand-ins can go through the graph: a backward written in Python may look at what it is given."""
-        kind = torch.autograd.function.BackwardCFunction
-        return self.nodes is not None and not any(isinstance(node, kind) for node in self.nodes)
 
     def to_y(self, cotangents: Tensors) -> tuple[Tensor, ...]:
         return self._grad(self.y, cotangents)
@@ -158,6 +135,7 @@ class _RecordedPullback(_GraphPullback):
         self.outputs = _evaluate(f, self.y, leaves)
         check_graph(self.outputs, (*self.y, *self.theta))
 
+
     def _run(self, outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return torch.autograd.grad(outputs, inputs, grads, create_graph=True, materialize_grads=True)
 
@@ -175,11 +153,11 @@ class _OpenPullback(_GraphPullback):
             self.y = [_own_node(t) for t in y]
             self.outputs = _evaluate(f, self.y, ())
         # Where nothing but y itself is tracked, nobody outside waits for a graph.
-        tracked = any(t.requires_grad for t in y) or _graph(self.outputs, self.y)[1] is not None
+        tracked = any(t.requires_grad for t in y) or walk(self.outputs, self.y)[1] is not None
         self.closed = not ((tracked and torch.is_grad_enabled()) or _torch.dual_level_open())
 
     def width(self) -> int | None:
-        return widest(_graph(self.outputs, self.y)[0]) if self.closed else None
+        return widest(walk(self.outputs, self.y)[0]) if self.closed else None
 
     def _run(self, outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         with torch.inference_mode(False), torch.enable_grad():
@@ -278,32 +256,3 @@ def in_torch(f: Callable[..., Any], *args: Any) -> Any:
                 "operations from y to x; only g may use NumPy or other libraries."
             ) from error
         raise
-
-
-def check_graph(outputs: Tensors, known: Tensors) -> list[Any]:
-    """The graph, or NoDerivativeError where it ends in a tensor that nobody differentiates."""
-    graph, foreign = _graph(outputs, known)
-    if foreign is not None:
-        raise NoDerivativeError(
-            f"f read a live tensor of shape {tuple(foreign.shape)} that nobody could see when g was called, so its "
-            "derivative would be lost. Hand it over as an argument: g(x, tensor) with f(y, tensor)."
-        )
-    return graph
-
-
-def _graph(outputs: Tensors, known: Tensors) -> tuple[list[Any], Tensor | None]:
-    """The nodes of a graph, and a leaf that is not known, if there is one."""
-    expected: set[int] = {id(t) for t in known}
-    foreign: Tensor | None = None
-    seen: set[Any] = {None, *(t.grad_fn for t in known)}
-    queue: list[Any] = [out.grad_fn for out in outputs if out.grad_fn not in seen]
-    for node in queue:  # grows while it is walked
-        following_ones = node.next_functions
-        variable = None if following_ones else getattr(node, "variable", None)
-        if variable is not None and id(variable) not in expected:
-            foreign = variable
-        for following, _ in following_ones:
-            if following not in seen:
-                seen.add(following)
-                queue.append(following)
-    return queue, foreign

@@ -1,7 +1,8 @@
 r"""Banded linear systems in compressed form, O(n) memory, right under every nesting of transforms.
 
 The bands of A are stored as in LAPACK, bands[..., upper + i - j, j] = A[i, j]. On a CPU with SciPy the factors are
-LAPACK's, everywhere else the system is solved by orthogonal cyclic reduction, log2(n) steps of torch.
+LAPACK's, everywhere else the system is solved by orthogonal cyclic reduction, log2(n) steps of torch. Dominant
+tridiagonal systems take a shorter way on both.
 """
 
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from functorch_inverse import _torch
 from functorch_inverse._banded_rules import LogAbsDet, Solve, factorise
 from functorch_inverse._bands import Width, inside, trimmed
 from functorch_inverse._coloured import bands_of
@@ -27,8 +29,9 @@ class Banded:
     r"""For a banded A: :math:`A_{ij} = 0` unless :math:`-upper \le i - j \le lower`, in O(n) memory.
 
     The bands come from lower + upper + 1 passes of f backward, whatever n is, and one more pass checks that there is
-    nothing outside of them. They are factorised by LAPACK's banded routines on a CPU with SciPy, by orthogonal cyclic
-    reduction, log2(n) steps of torch, otherwise.
+    nothing outside of them; where f is made of elementwise operations, slices, pads and concatenations, one pass shows
+    both. They are factorised by LAPACK's banded routines on a CPU with SciPy, by orthogonal cyclic reduction, log2(n)
+    steps of torch, otherwise. Tridiagonal matrices with dominant columns need no factors and no pivots.
 
     Args:
         lower, upper: how many diagonals stand below and above the main one. `Banded(0, 0)`: f is elementwise.
@@ -65,7 +68,7 @@ class Banded:
         """The factors of all samples, shared by all solves with them."""
         last = max(operator.shape[1] - 1, 0)
         width = Width(min(self.lower, last), min(self.upper, last))
-        return BandedFactors.of(bands_of(operator, width), *width, self.on_singular)
+        return BandedFactors._inside(bands_of(operator, width), width, self.on_singular)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +109,11 @@ class BandedFactors:
         """
         _check(bands, lower, upper, on_singular)
         bands, width = trimmed(bands, Width(lower, upper))
-        bands = inside(bands, width)
+        return cls._inside(inside(bands, width), width, on_singular)
+
+    @classmethod
+    def _inside(cls, bands: Tensor, width: Width, on_singular: OnSingular) -> "BandedFactors":
+        """The same of bands with zeros at places outside the matrix."""
         if not bands.numel() or torch.compiler.is_dynamo_compiling():
             return cls(bands, width, None)
         return cls(bands, width, factorise(bands, width, on_singular))
@@ -130,7 +137,8 @@ class BandedFactors:
             return b + self.bands.sum()
         if self.parts is None:
             return reduced_solve(self.bands, self.width, b.unsqueeze(-2), transpose).squeeze(-2)
-        return Solve.apply(self.bands, *self.parts, b.unsqueeze(-2), self.width, transpose).squeeze(-2)
+        call = Solve.forward if _torch.plain() else Solve.apply  # where nobody differentiates, apply would only cost time
+        return call(self.bands, *self.parts, b.unsqueeze(-2), self.width, transpose).squeeze(-2)
 
     def log_abs_det(self) -> Tensor:
         r""":math:`\log|\det A|`, shape (\*batch)."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from functorch_inverse import _torch
 from functorch_inverse._chunks import chunk_of, jacobian
+from functorch_inverse._graph import Graph
 from functorch_inverse._pullback import Function, Pullback, Tensors
 from functorch_inverse._vectors import Layout, batch_shape, real_dtype
 from functorch_inverse.errors import StructureError
@@ -91,6 +92,11 @@ class JacobianOperator:
         real = not any(t.is_complex() for t in (*self.y, *self.pullback.outputs))
         return real and self.equation.y_dims == self.x_dims == (0,)
 
+    @property
+    def graph(self) -> Graph | None:
+        """The graph of f, where it takes one real vector to another and stand-ins can be sent through."""
+        return self.pullback.graph() if self.inputs.is_vector and self.outputs.is_vector else None
+
     def derivative(self) -> Tensor:
         """The numbers of an elementwise A."""
         (out,) = self.pullback.outputs
@@ -99,9 +105,10 @@ class JacobianOperator:
 
     def as_matrix(self, chunk_size: int | None = None) -> Tensor:
         """A of shape (*batch, rows, columns), by one pass of f backward for each row, or for `chunk_size` rows at once."""
-        A, vectors, (rows, columns) = self.pullback, self.inputs.is_vector and self.outputs.is_vector, self.shape
+        A, (rows, columns), graph = self.pullback, self.shape, self.graph
         chunk = chunk_of(chunk_size, rows, self.batch.numel() * rows * columns, A.width)
-        if not vectors or (matrix := A.matrix(chunk)) is None:
+        matrix = None if graph is None else graph.matrix(chunk)
+        if matrix is None:
             matrix = jacobian(self._pull, self.batch, rows, A.outputs[0], chunk=chunk, plain=A.in_open_graph)
         return self._froze(matrix.float() if matrix.dtype in (torch.float16, torch.bfloat16) else matrix)
 
@@ -123,8 +130,8 @@ class JacobianOperator:
 
     def products(self) -> tuple[MatVec, MatVec]:
         """`mv` and `rmv`, prepared where many of them are to come."""
-        vectors = self.inputs.is_vector and self.outputs.is_vector and self.inputs.dtypes == self.outputs.dtypes
-        tape = self.pullback.tape() if vectors else None
+        graph = self.graph if self.inputs.dtypes == self.outputs.dtypes else None
+        tape = None if graph is None else graph.tape()
         if tape is None:
             return self.mv, self.rmv
         return functools.partial(self._columns, tape.push), functools.partial(self._columns, tape.pull)

@@ -45,6 +45,13 @@ def systems(*batch, n=5, lower=1, upper=1, dtype=torch.float64, seed=0):
     return bands.to(dtype), b.to(dtype)
 
 
+def dominant(bands, upper=1):
+    """With a diagonal that outweighs its column."""
+    bands = bands.clone()
+    bands[..., upper, :] += 2 * bands.abs().sum(-2)
+    return bands
+
+
 def dense(bands, lower, upper):
     """By its definition: bands[..., upper + i - j, j] = A[i, j]."""
     n = bands.shape[-1]
@@ -152,6 +159,86 @@ def test_scaled_rows(backend, exponent):
     scaled = torch.stack([torch.cat([r, r.new_zeros(abs(o))]) if o >= 0 else torch.cat([r.new_zeros(-o), r])
                           for o, r in ((-1, A.diagonal(1)), (0, A.diagonal()), (1, A.diagonal(-1)))])  # fmt: skip
     assert_close([solve()(scaled, scale * b)], [exact()(bands, b)], 1e-9 if backend == "torch" or abs(exponent) < 10 else 1e-3)
+
+
+# --- dominant matrices, which are solved from their bands ------------------------------------------
+
+
+@either
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex128])
+@pytest.mark.parametrize(("lower", "upper"), [(0, 0), (0, 1), (1, 0), (1, 1), (2, 1)])
+@pytest.mark.parametrize("batch", [(), (2, 3)])
+@pytest.mark.parametrize("n", [1, 3, 16])
+def test_dominant(backend, transpose, dtype, lower, upper, batch, n):
+    bands, b = systems(*batch, n=n, lower=lower, upper=upper, dtype=dtype)
+    bands = dominant(bands, upper)
+    got = [solve(lower, upper, transpose)(bands, b), log_abs_det(lower, upper)(bands)]
+    want = [exact(lower, upper, transpose)(bands, b), exact_log_abs_det(lower, upper)(bands)]
+    assert_close(got, want, 1e-11 if dtype in (torch.float64, torch.complex128) else 2e-5)
+
+
+@either
+@pytest.mark.parametrize("modes", [m for k in (1, 2) for m in itertools.product(MODES, repeat=k)], ids="_".join)
+def test_every_nesting_of_dominant(backend, transpose, modes):
+    bands, b = systems(2, n=3)
+    bands = dominant(bands)
+
+    def derivative(f, log):
+        h = lambda bands, b: total((f(1, 1, transpose)(bands, b), log()(bands)))  # noqa: E731
+        for mode in reversed(modes):
+            h = MODES[mode](h, (0, 1))
+        return h(bands, b), vmap(h, (0, 0))(bands, b), vmap(h, (None, 0))(bands[0], b)
+
+    for got, want in zip(derivative(solve, log_abs_det), derivative(exact, exact_log_abs_det), strict=True):
+        assert_close(got, want)
+
+
+@either
+def test_dominant_with_cotangents_in_batches(backend, transpose):
+    """is_grads_batched does not ask a Function for its rule."""
+    bands, b = systems(2, n=4)
+
+    def rows(f):
+        inputs = live((dominant(bands), b))
+        out = f(1, 1, transpose)(*inputs)
+        return torch.autograd.grad(out, inputs, torch.stack([out.detach().sin(), out.detach().cos()]), is_grads_batched=True)
+
+    assert_close(rows(solve), rows(exact))
+
+
+@either
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_stays_in_its_sample_of_dominant(backend, transpose, bad):
+    bands, b = systems(2, 2, n=6)
+    bands = dominant(bands)
+    want = exact(1, 1, transpose)(bands, b)
+    b[0, 1, 2] = bad
+    got = BandedFactors.of(bands, 1, 1).solve(b, transpose=transpose)
+    assert not got[0, 1].isfinite().all()
+    got[0, 1] = want[0, 1]
+    assert_close([got], [want])
+
+
+@either
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("row", [0, 1, 2])
+def test_nan_of_a_dominant_matrix_stays_in_its_sample(backend, transpose, bad, row):
+    bands, b = systems(3, n=6)
+    bands = dominant(bands)
+    want = exact(1, 1, transpose)(bands, b)
+    bands[1, row, 3] = bad
+    factors = BandedFactors.of(bands, 1, 1)
+    got, log = factors.solve(b, transpose=transpose), factors.log_abs_det()
+    assert got[1].isnan().all() and log[1].isnan() and log[::2].isfinite().all()
+    assert_close([got[::2]], [want[::2]])
+
+
+def test_what_is_not_contiguous(backend):
+    bands, b = systems(3, n=6)
+    bands = dominant(bands)
+    want = exact()(bands, b)
+    assert_close([solve()(bands.mT.contiguous().mT, b.mT.contiguous().mT)], [want])
+    assert_close([solve()(bands.flip(0), b.flip(0)).flip(0)], [want])
 
 
 # --- the compressed form ---------------------------------------------------------------------------
@@ -271,8 +358,8 @@ def test_many_right_hand_sides_nested(backend, transpose):
 def test_many_cotangents_are_columns_of_one_solve(monkeypatch):
     """jacrev with respect to b alone: two calls of LAPACK, one of them with all rows of the Jacobian."""
     pytest.importorskip("scipy")
-    shapes, real = [], _lapack._solve
-    monkeypatch.setattr(_lapack, "_solve", lambda *a: shapes.append(a[2].shape) or real(*a))
+    shapes, real = [], _lapack._columns
+    monkeypatch.setattr(_lapack, "_columns", lambda b: shapes.append(b.shape) or real(b))
     bands, b = systems(n=6)
     factors = BandedFactors.of(bands, 1, 1)
     jacrev(factors.solve)(b)
@@ -281,11 +368,14 @@ def test_many_cotangents_are_columns_of_one_solve(monkeypatch):
 
 def test_a_batch_is_one_call(monkeypatch):
     pytest.importorskip("scipy")
-    calls, real = [], _lapack._solve
-    monkeypatch.setattr(_lapack, "_solve", lambda *a: calls.append(a) or real(*a))
+    shapes, real = [], _lapack._columns
+    monkeypatch.setattr(_lapack, "_columns", lambda b: shapes.append(b.shape[:-2]) or real(b))
     bands, b = systems(7, 9)
     vmap(vmap(solve()))(bands, b)
-    assert [c[2].shape[:-2] for c in calls] == [(7, 9)] * 2, "one to see whether A is singular, one to solve"
+    assert shapes == [(7, 9)] * 2, "one to see whether A is singular, one to solve"
+    shapes.clear()
+    vmap(vmap(solve()))(dominant(bands), b)
+    assert shapes == [(7, 9)], "nothing to see where A is dominant"
 
 
 @either

@@ -1,0 +1,77 @@
+"""The graph of one evaluation of f: what it ends in, and what can be sent through it in place of a cotangent."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functorch_inverse import _torch
+from functorch_inverse._diagonals import Diagonals, diagonals_of_graph
+from functorch_inverse._rows import jacobian_of_graph
+from functorch_inverse._tape import Tape, tape_of_graph
+from functorch_inverse.errors import NoDerivativeError
+
+__all__ = ["Graph", "check_graph", "walk"]
+
+# Fewer rows of fewer numbers are faster one by one.
+_MANY_ROWS, _MANY_NUMBERS = 6, 1024
+
+
+class Graph(NamedTuple):
+    """From y, a leaf, to output = f(y); what it is asked for is None where there is no fast way."""
+
+    output: Tensor
+    y: Tensor
+    nodes: Sequence[Any]
+
+    def matrix(self, chunk: int) -> Tensor | None:
+        """df/dy of vectors (*batch, rows, columns) in memory of its own, so many rows at once."""
+        out, rows = self.output, self.output.shape[-1]
+        if not rows:
+            return None
+        if rows == 1 or (rows < _MANY_ROWS and out.numel() < _MANY_NUMBERS):
+            units = torch.eye(rows, dtype=out.dtype, device=out.device).unbind()
+            return torch.stack([_torch.graph_grad((out,), (self.y,), (e.expand_as(out),))[0] for e in units], -2)
+        return jacobian_of_graph(out, self.y, chunk) if self._known() else None
+
+    def tape(self) -> Tape | None:
+        """Cheaper products with df/dy of vectors and its transpose."""
+        return tape_of_graph(self.output, self.y) if self._known() else None
+
+    def diagonals(self, most: int) -> Diagonals | None:
+        """Those of df/dy of one vector, if there are not more than so many."""
+        return diagonals_of_graph(self.output, self.y, most) if self._known() else None
+
+    def _known(self) -> bool:
+        """Whether stand-ins can go through: a backward written in Python may look at what it is given."""
+        return not any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in self.nodes)
+
+
+def check_graph(outputs: Sequence[Tensor], known: Sequence[Tensor]) -> list[Any]:
+    """The graph, or NoDerivativeError where it ends in a tensor that nobody differentiates."""
+    nodes, foreign = walk(outputs, known)
+    if foreign is not None:
+        raise NoDerivativeError(
+            f"f read a live tensor of shape {tuple(foreign.shape)} that nobody could see when g was called, so its "
+            "derivative would be lost. Hand it over as an argument: g(x, tensor) with f(y, tensor)."
+        )
+    return nodes
+
+
+def walk(outputs: Sequence[Tensor], known: Sequence[Tensor]) -> tuple[list[Any], Tensor | None]:
+    """The nodes of a graph, and a leaf that is not known, if there is one."""
+    expected: set[int] = {id(t) for t in known}
+    foreign: Tensor | None = None
+    seen: set[Any] = {None, *(t.grad_fn for t in known)}
+    queue: list[Any] = [out.grad_fn for out in outputs if out.grad_fn not in seen]
+    for node in queue:  # grows while it is walked
+        following_ones = node.next_functions
+        variable = None if following_ones else getattr(node, "variable", None)
+        if variable is not None and id(variable) not in expected:
+            foreign = variable
+        for following, _ in following_ones:
+            if following not in seen:
+                seen.add(following)
+                queue.append(following)
+    return queue, foreign
