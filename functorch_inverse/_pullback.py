@@ -78,8 +78,8 @@ class Pullback:
         return None
 
 
-# Fewer rows of fewer numbers are faster one by one.
-_MANY_ROWS, _MANY_NUMBERS = 6, 1024
+# Fewer are faster one by one.
+_MANY_ROWS = 4
 
 
 class _GraphPullback(Pullback):
@@ -109,7 +109,7 @@ class _GraphPullback(Pullback):
         rows = out.shape[-1]
         if not rows:
             return None
-        if rows == 1 or (rows < _MANY_ROWS and out.numel() < _MANY_NUMBERS):
+        if rows < _MANY_ROWS:
             units = torch.eye(rows, dtype=out.dtype, device=out.device).unbind()
             return torch.stack([_torch.graph_grad((out,), (y,), (e.expand_as(out),))[0] for e in units], -2)
         # A backward written in Python may look at what it is given.
