@@ -14,8 +14,8 @@ from functorch_inverse.errors import NoDerivativeError
 
 __all__ = ["Graph", "check_graph", "walk"]
 
-# Fewer rows of fewer numbers are faster one by one.
-_MANY_ROWS, _MANY_NUMBERS = 6, 1024
+# Fewer are faster one by one.
+_MANY_ROWS = 4
 
 
 class Graph(NamedTuple):
@@ -30,7 +30,7 @@ class Graph(NamedTuple):
         out, rows = self.output, self.output.shape[-1]
         if not rows:
             return None
-        if rows == 1 or (rows < _MANY_ROWS and out.numel() < _MANY_NUMBERS):
+        if rows < _MANY_ROWS:
             units = torch.eye(rows, dtype=out.dtype, device=out.device).unbind()
             return torch.stack([_torch.graph_grad((out,), (self.y,), (e.expand_as(out),))[0] for e in units], -2)
         return jacobian_of_graph(out, self.y, chunk) if self._known() else None

@@ -164,7 +164,7 @@ def test_a_shared_jacobian_is_not_changed():
 @pytest.mark.parametrize("batch", [(), (3,), (2000,), (0,)])
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
 def test_small_vectors(n, batch, dtype):
-    """One backward pass a row where there are few and small ones, all at once for many samples; not contiguous, too."""
+    """One backward pass a row where there are few, all at once where there are more; not contiguous, too."""
     y = torch.linspace(-1, 1, 2 * n * max(torch.Size(batch).numel(), 1), dtype=dtype)[: 2 * n * torch.Size(batch).numel()]
     y, B = y.reshape(*batch, 2 * n)[..., ::2], (A[:n, :n] / 8).to(dtype)
     x = y.clone().requires_grad_()
