@@ -70,12 +70,12 @@ class Pullback:
         """df/dy times one set of tangents, as the transpose of `to_y`."""
         raise NotImplementedError
 
+    def tape(self) -> Tape | None:
+        """Cheaper products with df/dy of vectors and its transpose, where no other graph is built upon this one."""
+        return tape_of_graph(self.outputs[0], self.y[0], self.nodes) if type(self) is _GraphPullback else None
+
     def matrix(self) -> Tensor | None:
         """df/dy of vectors (*batch, rows, columns), where it can be had at once."""
-        return None
-
-    def tape(self) -> Tape | None:
-        """Cheaper products with df/dy of vectors and its transpose, where they can be had."""
         return None
 
 
@@ -85,8 +85,6 @@ _MANY_ROWS = 6
 
 class _GraphPullback(Pullback):
     """From the graph of one plain evaluation."""
-
-    nodes: Sequence[Any] | None = None  # the graph, where no other is built upon it
 
     def __init__(self, f: Function, y: Tensors, theta: Tensors, wanted: Sequence[int]) -> None:
         self.y = [t.detach().requires_grad_() for t in y]
@@ -108,16 +106,11 @@ class _GraphPullback(Pullback):
         return self._run(pulled, tuple(zeros), tuple(tangents))
 
     def matrix(self) -> Tensor | None:
-        known = self.outputs[0].shape[-1] >= _MANY_ROWS and self._known()
+        if self.outputs[0].shape[-1] < _MANY_ROWS:
+            return None
+        # A backward written in Python may look at what it is given.
+        known = not any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in self.nodes)
         return jacobian_of_graph(self.outputs[0], self.y[0]) if known else None
-
-    def tape(self) -> Tape | None:
-        return tape_of_graph(self.outputs[0], self.y[0]) if self._known() else None
-
-    def _known(self) -> bool:
-        """Whether stand-ins can go through the graph: a backward written in Python may look at what it is given."""
-        kind = torch.autograd.function.BackwardCFunction
-        return self.nodes is not None and not any(isinstance(node, kind) for node in self.nodes)
 
     def to_y(self, cotangents: Tensors) -> tuple[Tensor, ...]:
         return self._grad(self.y, cotangents)
@@ -145,6 +138,9 @@ class _RecordedPullback(_GraphPullback):
         self.outputs = _evaluate(f, self.y, leaves)
         _nodes(self.outputs, (*self.y, *self.theta))
 
+    def matrix(self) -> Tensor | None:
+        return None
+
     def _run(self, outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return torch.autograd.grad(outputs, inputs, grads, create_graph=True, materialize_grads=True)
 
@@ -164,6 +160,9 @@ class _OpenPullback(_GraphPullback):
         # Where nothing but y itself is tracked, nobody outside waits for a graph.
         tracked = any(t.requires_grad for t in y) or _graph(self.outputs, self.y)[1] is not None
         self.closed = not ((tracked and torch.is_grad_enabled()) or _torch.dual_level_open())
+
+    def matrix(self) -> Tensor | None:
+        return None
 
     def _run(self, outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         with torch.inference_mode(False), torch.enable_grad():

@@ -106,11 +106,14 @@ class Tape(NamedTuple):
         return torch.zeros_like(v) if known[0] is None else known[0]
 
 
-def tape_of_graph(output: Tensor, y: Tensor) -> Tape | None:
+def tape_of_graph(output: Tensor, y: Tensor, nodes: Sequence[Any]) -> Tape | None:
     """The products with A from the graph of output (*batch, rows) = f(y), y of shape (*batch, columns).
 
-    None where the graph has an operation without a rule here.
+    None where the graph has an operation without a rule here, or a backward written in Python, which may look at
+    what it is given.
     """
+    if any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in nodes):
+        return None
     steps: list[Any] = []
     try:
         (last,) = _torch.graph_grad((output,), (y,), (_Recorded(output, output.shape, steps, _Term(0, None)),))
