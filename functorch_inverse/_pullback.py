@@ -16,7 +16,6 @@ from torch import Tensor
 
 from functorch_inverse import _torch
 from functorch_inverse._rows import jacobian_of_graph
-from functorch_inverse._tape import Tape, tape_of_graph
 from functorch_inverse._vectors import real_dtype
 from functorch_inverse.errors import NoDerivativeError
 
@@ -69,10 +68,6 @@ class Pullback:
     def push(self, tangents: Tensors) -> tuple[Tensor, ...]:
         """df/dy times one set of tangents, as the transpose of `to_y`."""
         raise NotImplementedError
-
-    def tape(self) -> Tape | None:
-        """Cheaper products with df/dy of vectors and its transpose, where no other graph is built upon this one."""
-        return tape_of_graph(self.outputs[0], self.y[0], self.nodes) if type(self) is _GraphPullback else None
 
     def matrix(self) -> Tensor | None:
         """df/dy of vectors (*batch, rows, columns), where it can be had at once."""

@@ -6,13 +6,14 @@ r"""The Jacobian of an equation at a point, as an operator: what a linear solver
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from functorch_inverse import _torch
 from functorch_inverse._pullback import Function, Pullback, Tensors, jacobian
+from functorch_inverse._tape import tape_of_graph
 from functorch_inverse._vectors import Layout, batch_shape, real_dtype
 from functorch_inverse.errors import StructureError
 
@@ -122,7 +123,10 @@ class JacobianOperator:
     def products(self) -> tuple[MatVec, MatVec]:
         """`mv` and `rmv`, prepared where many of them are to come."""
         vectors = self.inputs.is_vector and self.outputs.is_vector and self.inputs.dtypes == self.outputs.dtypes
-        tape = self.pullback.tape() if vectors else None
+        # Only the graph of one plain evaluation, which no other is built upon, has its nodes at hand.
+        graph: Any = self.pullback if vectors else None
+        nodes = getattr(graph, "nodes", None)
+        tape = tape_of_graph(graph.outputs[0], graph.y[0], nodes) if nodes else None
         if tape is None:
             return self.mv, self.rmv
         return functools.partial(self._columns, tape.push), functools.partial(self._columns, tape.pull)
