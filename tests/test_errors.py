@@ -9,6 +9,7 @@ from problems import VECTOR, vector_exact, vector_f, vector_g
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
 
 import functorch_inverse as fi
+from functorch_inverse._dense import _inverse
 
 X, C, B = VECTOR.inputs()
 XS = VECTOR.stacked(4)[0]
@@ -401,6 +402,19 @@ def test_pivots_that_grow_hide_none_that_vanishes(n, dtype, on_singular):
         for i in (0, 2):
             rounding = n * torch.finfo(dtype).eps * (M[i].T.abs() @ got[i].abs()).max().item()
             torch.testing.assert_close(M[i].T @ got[i], torch.ones(n, dtype=dtype), rtol=0, atol=rounding)
+
+
+@pytest.mark.parametrize("n", [8, 64, 256])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_where_values_cannot_be_looked_at_only_singular_matrices_are_nan(n, dtype):
+    """What a trace computes with: the inverse, judged by its own rounding errors."""
+    M = torch.randn(8, n, n, dtype=dtype, generator=torch.Generator().manual_seed(n))
+    M[1, -1] = M[1, :-1].sum(0) / n**0.5
+    inverse = _inverse(M)
+    assert inverse[1].isnan().all()
+    rest = [i for i in range(8) if i != 1]
+    rounding = n * torch.finfo(dtype).eps * (M[rest].abs() @ inverse[rest].abs()).max().item()
+    torch.testing.assert_close(M[rest] @ inverse[rest], torch.eye(n, dtype=dtype).expand(7, n, n), rtol=0, atol=rounding)
 
 
 @pytest.mark.parametrize("n", [2, 3, 16, 40])
