@@ -68,6 +68,7 @@ __all__ = [
     "graph_grad",
     "graph_is_kept",
     "has_history",
+    "has_to_wait",
     "is_legacy_batched",
     "is_live",
     "is_open",
@@ -196,6 +197,11 @@ def has_history(tensor: Tensor) -> bool:
     """Whether a tensor keeps a graph alive."""
     with DisableTorchFunction():
         return is_wrapped(tensor) or tensor.grad_fn is not None
+
+
+def has_to_wait(tensor: Tensor) -> bool:
+    """Whether a look at the values stops Python until a device has computed them."""
+    return not tensor.is_cpu
 
 
 def can_inspect(tensor: Tensor) -> bool:

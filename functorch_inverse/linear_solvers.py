@@ -66,8 +66,8 @@ class LU(_Direct):
 
     Args:
         on_singular: "raise" gives a `SingularJacobianError` that names the samples; "nan" gives nan for
-            those samples and leaves the others right. Where values cannot be looked at
-            (torch.compile, fx tracing, CUDA graph capture) it is always nan.
+            those samples and leaves the others right; on a GPU it also spares the derivative from waiting for its
+            values. Where they cannot be looked at (torch.compile, fx tracing, CUDA graph capture) it is always nan.
         chunk_size: how many rows of the Jacobian are pulled back through f at once, at most. None: as many as take a few
             times the memory of the Jacobian itself. Fewer are slower and take less; the result is the same up to rounding.
 
@@ -83,8 +83,9 @@ class LU(_Direct):
         """(LU, pivots) of A^T, which lies in memory as LAPACK wants it."""
         matrix = matrix.mT
         lu, pivots, sizes = lu_of(matrix, owned=owned)
-        known = _torch.can_inspect(lu)
-        if known and sizes is None and harmless(matrix, lu):
+        at_hand = not _torch.has_to_wait(lu)
+        known = _torch.can_inspect(lu) and (at_hand or self.on_singular == "raise")
+        if known and at_hand and sizes is None and harmless(matrix, lu):
             return lu, pivots
         sizes = column_sizes(matrix) if sizes is None else sizes
         doubtful = suspect(lu, sizes)
