@@ -38,9 +38,9 @@ def solve_inverse(problem: InverseProblem, x: Tree, args: tuple[Tree, ...], kwar
     if kwargs or not (_torch.undisturbed() and all(map(_is_plain, given)) and problem.is_direct(x.ndim)):
         return solve(problem, x, args, kwargs)
     inner, outer = _captured(problem, 0), _captured(problem, 1) if grad else _NOTHING
-    live = grad and any(map(_has_graph, (*given, *outer.tensors)))
-    if live and not outer.complete:
+    if not outer.complete:
         return solve(problem, x, args, kwargs)
+    live = grad and any(map(_has_graph, (*given, *outer.tensors)))
     plain = [t.detach() for t in (*given, *inner.tensors)]
     n = len(given)
     if grad and not inner.tensors:

@@ -151,13 +151,25 @@ class _Walk:
             return self.referents(vars(found))
         if isinstance(found, nn.Module):
             self.reach.modules.append(found)
-            self.can_be_traced = False
-            return _parts_of(found)
+            return self._module(found)
         if isinstance(found, type):
             return () if _library_class(found) else self._class(found)
         if isinstance(found, Opaque):
             return found.functions
         return self._object(found)
+
+    def _module(self, module: nn.Module) -> list[Any]:
+        """What the module and those inside it hold besides parameters, buffers and one another."""
+        parts: list[Any] = []
+        for inner in module.modules():
+            held = vars(inner)
+            if isinstance(inner, torch.jit.ScriptModule):
+                self.can_be_traced = False
+            else:
+                self.holders += (held, inner._modules)
+            parts.append(type(inner))
+            parts += [v for k, v in held.items() if k not in _STATE and type(v) not in _ATOMS]
+        return parts
 
     def _class(self, cls: type) -> list[Any]:
         spaces = [space for base in cls.__mro__ if not _library_class(base) for space in gc.get_referents(vars(base))]
@@ -231,15 +243,6 @@ def _content(cell: types.CellType) -> Any:
         return cell.cell_contents
     except ValueError:  # not filled yet
         return None
-
-
-def _parts_of(module: nn.Module) -> list[Any]:
-    """What the module and those inside it hold besides parameters, buffers and one another."""
-    parts: list[Any] = []
-    for inner in module.modules():
-        parts.append(type(inner))
-        parts += [v for k, v in vars(inner).items() if k not in _STATE and type(v) not in _ATOMS]
-    return parts
 
 
 @functools.lru_cache(maxsize=4096)

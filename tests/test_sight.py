@@ -184,10 +184,34 @@ def a_module():
     return (lambda y: vector_f(y, module.c, B)), lambda new: setattr(module, "c", new)
 
 
+def a_buffer():
+    module = torch.nn.Module()
+    module.register_buffer("c", C)
+    return (lambda y: vector_f(y, module.c, B)), lambda new: setattr(module, "c", new)
+
+
+def a_module_in_a_module():
+    outer, other = torch.nn.Sequential(torch.nn.Module()), torch.nn.Module()
+    outer[0].c = C
+
+    def exchange(new):
+        other.c = new
+        outer[0] = other
+
+    return (lambda y: vector_f(y, outer[0].c, B)), exchange
+
+
+def a_list_in_a_module_in_a_module():
+    outer = torch.nn.Sequential(torch.nn.Module())
+    outer[0].held = [C]
+    return (lambda y: vector_f(y, outer[0].held[0], B)), lambda new: outer[0].held.__setitem__(0, new)
+
+
 PLACES = [
     a_cell, a_cell_of_a_helper, a_global, a_global_that_was_not_there, a_default, a_keyword_default, a_function_attribute,
     a_code, an_attribute, an_attribute_that_hides_that_of_the_class, an_attribute_of_the_class, a_method, slots, a_list,
-    an_empty_list, a_dict, a_list_in_a_tuple, a_module_of_code, an_attribute_of_a_tensor, an_import, a_module,
+    an_empty_list, a_dict, a_list_in_a_tuple, a_module_of_code, an_attribute_of_a_tensor, an_import, a_module, a_buffer,
+    a_module_in_a_module, a_list_in_a_module_in_a_module,
 ]  # fmt: skip
 
 
