@@ -7,7 +7,7 @@ import functools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from functorch_inverse._graph import check_graph
 from functorch_inverse._inverse import InverseProblem
 from functorch_inverse._pullback import Tensors, in_torch
 from functorch_inverse._rules import ImplicitRule, Pull
-from functorch_inverse._sight import Sight
 from functorch_inverse._tree import ONE_TENSOR, PLAIN, Tree
 from functorch_inverse._values import is_array, output
 from functorch_inverse._vectors import Like
@@ -28,7 +27,6 @@ from functorch_inverse._vectors import Like
 __all__ = ["solve_inverse"]
 
 _has_graph = operator.attrgetter("requires_grad")
-_NOTHING = Captured()
 _DTYPES = (torch.float64, torch.float32)
 
 
@@ -37,7 +35,8 @@ def solve_inverse(problem: InverseProblem, x: Tree, args: tuple[Tree, ...], kwar
     given, grad = (x, *args), torch.is_grad_enabled()
     if kwargs or not (_torch.undisturbed() and all(map(_is_plain, given)) and problem.is_direct(x.ndim)):
         return solve(problem, x, args, kwargs)
-    inner, outer = _captured(problem, 0), _captured(problem, 1) if grad else _NOTHING
+    inner, seen = _seen(problem, 0).captured, _seen(problem, 1) if grad else _NOTHING
+    outer = seen.captured
     if not outer.complete:
         return solve(problem, x, args, kwargs)
     live = grad and any(map(_has_graph, (*given, *outer.tensors)))
@@ -51,35 +50,46 @@ def solve_inverse(problem: InverseProblem, x: Tree, args: tuple[Tree, ...], kwar
     y = output(result, x, plain) if is_array(result) else None
     if y is None or y.shape != x.shape or y.dtype is not x.dtype:
         return solve(replace(problem, g=_Returned(result)), x, args, {})
-    return attach_plainly(_rule(problem, y, x, args, outer), y, x, (*args, *outer.tensors)) if live else y
+    return attach_plainly(_rule(problem, y, x, args, seen), y, x, (*args, *outer.tensors)) if live else y
 
 
 def _is_plain(leaf: Any) -> bool:
     return type(leaf) in PLAIN and leaf.dtype in _DTYPES and leaf.layout is torch.strided and not _torch.is_wrapped(leaf)
 
 
-def _captured(problem: InverseProblem, which: int) -> Captured:
-    """What g (0) or f (1) captures; the same object as long as it is nothing."""
-    sight: Sight = problem.sees[which]
-    last: Captured | None = problem.kept.get(which)
+class _Seen(NamedTuple):
+    """What a function captures, and the rules of calls in which it was the same, by the dims of x and the number of args."""
+
+    captured: Captured
+    rules: dict[tuple[int, int], ImplicitRule]
+
+
+_NOTHING = _Seen(Captured(), {})
+
+
+def _seen(problem: InverseProblem, which: int) -> _Seen:
+    """That of g (0) or f (1); the same object as long as it captures nothing."""
+    sight, last = problem.sees[which], problem.kept.get(which)
     reach = sight.reach()
-    if last is not None and last.reach is reach and (not reach.tensors or last.captures_nothing_still()):
+    if last is not None and last.captured.reach is reach and (not reach.tensors or last.captured.captures_nothing_still()):
         return last
-    problem.kept[which] = captured = Captured.of(sight, reach=reach)
-    if captured.tensors:
-        del problem.kept[which]
-    return captured
+    seen = _Seen(Captured.of(sight, reach=reach), {})
+    if seen.captured.tensors:
+        problem.kept.pop(which, None)
+    else:
+        problem.kept[which] = seen
+    return seen
 
 
-def _rule(problem: InverseProblem, y: Tensor, x: Tensor, args: Tensors, captured: Captured) -> ImplicitRule:
-    """The rule; that of an earlier call with as many dims, if f captures nothing."""
-    before, rule = problem.kept.get((x.ndim, len(args)), (None, None))
-    if before is not captured or rule is None:
+def _rule(problem: InverseProblem, y: Tensor, x: Tensor, args: Tensors, seen: _Seen) -> ImplicitRule:
+    """The rule, of an earlier call if there is one."""
+    rule = seen.rules.get((x.ndim, len(args)))
+    if rule is None:
+        captured = seen.captured
         rule, _, _ = problem.rule(Given.of(x, tuple(args), {}), Values(ONE_TENSOR, (y,), (True,), ()), captured)
         if rule.equation.y_dims == rule.equation.x_dims == (0,) and not captured.tensors:
             rule = NumberRule(rule.equation, rule.linear_solver, problem.evidence, captured)
-        if not captured.tensors:
-            problem.kept[x.ndim, len(args)] = captured, rule
+        seen.rules[x.ndim, len(args)] = rule
     return rule
 
 
