@@ -3,8 +3,7 @@
 A new torch that renames one of them breaks here, at import, and says so.
 """
 
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias
 
@@ -16,8 +15,10 @@ try:
     # Which transforms are open, and what a wrapped tensor hides: decides what is live.
     from torch._C import (
         DisableTorchFunction,
+        DispatchKey,
         _are_functorch_transforms_active,
         _disabled_torch_function_impl,
+        _dispatch_tls_is_dispatch_key_excluded,
         _functorch,
         _get_dispatch_mode,
         _is_fwd_grad_enabled,
@@ -29,7 +30,7 @@ try:
     from torch._C._autograd import _get_current_graph_task_keep_graph as graph_is_kept
 
     # Saved-tensor hooks belong to the user's graph, not to one that is made and used up inside a forward.
-    from torch._C._autograd import _saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
+    from torch._C._autograd import _saved_tensors_hooks_is_enabled as saved_tensors_have_hooks  # type: ignore[attr-defined]
 
     # The level of torch.func.jvp: nested forward mode is wrong without the mend below.
     from torch._functorch import eager_transforms
@@ -55,41 +56,19 @@ except (ImportError, AttributeError) as error:
 Tensors: TypeAlias = tuple[Tensor, ...]
 
 __all__ = [
-    "at_current_level",
-    "can_inspect",
-    "derivative_order",
-    "dual_level_open",
-    "fake_mode",
-    "forward_levels",
-    "forward_mode_again",
-    "forward_mode_available",
-    "full_precision",
-    "function_mode_active",
-    "graph_grad",
-    "graph_is_kept",
-    "is_legacy_batched",
-    "is_live",
-    "is_open",
-    "is_wrapped",
-    "level",
-    "no_torch_function",
-    "outside_inference_mode",
-    "own_saved_tensors",
-    "plain",
-    "primal",
-    "recording",
-    "signed",
-    "traced_derivatives_possible",
-    "traced_transforms",
-    "transforms_active",
-    "tree_leaves",
-    "tree_map",
-    "wrapper",
-]
+    "add_batch_dim", "alive", "at_current_level", "can_inspect", "can_record", "derivative_order", "dual_level_open",
+    "fake_mode", "forward_levels", "forward_mode_again", "forward_mode_available", "full_precision", "function_mode_active",
+    "graph_grad", "graph_is_kept", "innermost", "is_followed", "is_legacy_batched", "is_live", "is_mapping", "is_open",
+    "is_wrapped", "level", "mark", "no_functions", "no_torch_function", "peeled", "plain", "primal", "recording",
+    "saved_tensors_have_hooks", "traced_derivatives_possible", "traced_transforms", "transforms_active", "tree_leaves",
+    "tree_map", "values_only", "wrap_for_grad", "wrapper",
+]  # fmt: skip
 
+no_functions: Any = DisableTorchFunction
 no_torch_function: Any = _disabled_torch_function_impl
 _run_backward: Any = Variable._execution_engine.run_backward
 is_wrapped = _functorch.is_functorch_wrapped_tensor
+add_batch_dim, wrap_for_grad = _functorch._add_batch_dim, _functorch._wrap_for_grad
 
 # The vmap of is_grads_batched and torch.autograd.functional, which does not ask a Function for its rule: its tensors
 # have no values to show, and go one by one through an operator that it does not know.
@@ -108,7 +87,7 @@ def dual_level_open() -> bool:
 
 def plain() -> bool:
     """Whether nobody differentiates or transforms what is computed now."""
-    return not (transforms_active() or torch.is_grad_enabled() or dual_level_open())
+    return not (transforms_active() or torch.is_grad_enabled() or (dual_level_open() and _is_fwd_grad_enabled()))
 
 
 def recording() -> bool:
@@ -159,16 +138,62 @@ def is_live(tensor: Tensor) -> bool:
 def _is_live(tensor: Tensor) -> bool:
     if forward_ad._current_level < 0 and not is_wrapped(tensor):
         return tensor.requires_grad and torch.is_grad_enabled()
-    if not _are_functorch_transforms_active():
-        return _tracked(tensor)
     # Tangents show only at their own level: step down through the open transforms to it.
-    interpreter = retrieve_current_functorch_interpreter()
-    if level(tensor) == interpreter.level():
-        if not _functorch.is_batchedtensor(tensor) and _tracked(tensor):
-            return True
+    top, tensor = innermost(), alive(tensor)
+    if top is None or is_followed(tensor, top):
+        return is_followed(tensor, top)
+    with top.lower():
+        return _is_live(peeled(tensor, top)[0])
+
+
+def innermost() -> Any:
+    """The innermost open transform, or None."""
+    return retrieve_current_functorch_interpreter() if _are_functorch_transforms_active() else None
+
+
+def is_mapping(transform: Any) -> bool:
+    """Whether a transform is a vmap."""
+    return transform.key() == _functorch.TransformType.Vmap
+
+
+def is_followed(tensor: Tensor, transform: Any) -> bool:
+    """Whether a derivative of this innermost transform, or of plain autograd where it is None, flows through a tensor."""
+    if transform is not None and (level(tensor) != transform.level() or is_mapping(transform)):
+        return False
+    return _tracked(tensor)
+
+
+def alive(tensor: Tensor) -> Tensor:
+    """A tensor without what transforms that are closed left around it."""
+    while is_wrapped(tensor) and _functorch.maybe_get_level(tensor) < 0:
         tensor = _functorch.get_unwrapped(tensor)
-    with interpreter.lower():
-        return _is_live(tensor)
+    return tensor
+
+
+def peeled(tensor: Tensor, transform: Any) -> tuple[Tensor, int | None]:
+    """A tensor without what this innermost transform put around it, and the dim that it maps."""
+    if transform is None or level(tensor) != transform.level():
+        return tensor, None
+    dim = _functorch.maybe_get_bdim(tensor) if is_mapping(transform) else None
+    return _functorch.get_unwrapped(tensor), dim
+
+
+def can_record() -> bool:
+    """Whether there can be a graph: not in inference mode, of which torch.func.jvp hides all other signs."""
+    return not _dispatch_tls_is_dispatch_key_excluded(DispatchKey.AutogradFunctionality)
+
+
+@contextmanager
+def values_only() -> Iterator[None]:
+    """Nobody differentiates what is computed inside."""
+    with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
+        yield
+
+
+def mark(tensor: Tensor) -> Any:
+    """What stays the same while nobody writes to a tensor, or frees it; None where nobody can tell."""
+    known = can_inspect(tensor) and not tensor.is_inference()
+    return (tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride(), tensor.dtype) if known else None
 
 
 def is_open(tensor: Tensor) -> bool:
@@ -233,12 +258,6 @@ def forward_mode_available() -> bool:
     return not torch.compiler.is_dynamo_compiling() and not plain_level
 
 
-def signed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` of an autograd.Function with its signature at hand, which torch asks for at every call."""
-    function.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
-    return function
-
-
 def wrapper(cls: Any, shape: Any, like: Tensor) -> Any:
     """A tensor without data that calls `__torch_dispatch__` of its class."""
     return Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
@@ -254,24 +273,6 @@ def forward_levels() -> int:
     """How many torch.func.jvp levels are open while Dynamo traces."""
     stack = _functorch.get_interpreter_stack() or ()
     return sum(entry.key() == _functorch.TransformType.Jvp for entry in stack)
-
-
-def outside_inference_mode() -> AbstractContextManager[Any]:
-    """What is computed inside can have a graph."""
-    if torch.compiler.is_dynamo_compiling() or not torch.is_inference_mode_enabled():
-        return nullcontext()
-    return torch.inference_mode(False)
-
-
-def own_saved_tensors() -> AbstractContextManager[Any]:
-    """A graph made inside saves plain tensors, whatever hooks (of checkpoint, say) are set."""
-    if torch.compiler.is_dynamo_compiling() or not _saved_tensors_hooks_is_enabled():
-        return nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(_same, _same)
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def primal(tensor: Tensor | None) -> Tensor | None:

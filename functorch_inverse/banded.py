@@ -5,7 +5,7 @@ LAPACK's, everywhere else the system is solved by orthogonal cyclic reduction, l
 """
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -54,6 +54,7 @@ class Banded:
     lower: int
     upper: int
     on_singular: OnSingular = "raise"
+    exact: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.on_singular not in ("raise", "nan"):
