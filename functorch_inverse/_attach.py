@@ -5,6 +5,7 @@ for. Under Dynamo, which drops the rules of a Function inside a transform, as an
 that leaves the values as they are.
 """
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch.autograd import Function
 from torch.overrides import handle_torch_function
 
 from functorch_inverse import _torch
-from functorch_inverse._pullback import Tensors
+from functorch_inverse._composed import Tensors
+from functorch_inverse._levels import Dims, run, signed
 from functorch_inverse._rules import Rule
 from functorch_inverse._vectors import Like
 
@@ -70,8 +72,34 @@ class _Once(Function):
 
 
 def _apply(rule: Rule, n_y: int, n_x: int, tensors: Tensors) -> tuple[Tensor, ...]:
-    function = _Attach if _torch.transforms_active() else _Plain
-    return function.apply(rule, n_y, n_x, *tensors)
+    if _torch.transforms_active():
+        return run(_Attachment(rule, n_y, n_x), tensors)
+    return _Plain.apply(rule, n_y, n_x, *tensors)
+
+
+@dataclass(frozen=True, eq=False)
+class _Attachment:
+    """y with its derivatives, of tensors (*y, *x, *theta)."""
+
+    rule: Rule
+    n_y: int
+    n_x: int
+
+    def differentiable(self, tensors: Tensors) -> Tensors:
+        function = _Attach if _torch.transforms_active() else _Plain
+        return function.apply(self.rule, self.n_y, self.n_x, *tensors)
+
+    def values(self, tensors: Tensors) -> Tensors:
+        return tensors[: self.n_y]
+
+    def mapped(self, dims: Dims, size: int, randomness: str, tensors: Tensors) -> tuple[Tensors, Dims]:
+        n = self.n_y + self.n_x
+        led = [
+            t.movedim(d, 0) if d is not None else t.expand(size, *t.shape) if i < n else t
+            for i, (t, d) in enumerate(zip(tensors, dims, strict=True))
+        ]
+        batched = self.rule.batched([d is not None for d in dims[n:]], randomness)
+        return run(replace(self, rule=batched), led), (0,) * self.n_y
 
 
 def _keep(ctx: Any, rule: Rule, n_y: int, n_x: int, tensors: Tensors, output: Tensors) -> None:
@@ -87,7 +115,7 @@ def _keep(ctx: Any, rule: Rule, n_y: int, n_x: int, tensors: Tensors, output: Te
 
 class _Attach(Function):
     @staticmethod
-    @_torch.signed
+    @signed
     def forward(rule: Rule, n_y: int, n_x: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(t.detach() for t in tensors[:n_y])
 
@@ -131,16 +159,8 @@ class _Attach(Function):
             return ctx.rule.jvp(y, theta, dx, moved[ctx.n_x :])
 
     @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[Any, ...], rule: Rule, n_y: int, n_x: int, *tensors: Tensor
-    ) -> tuple[Any, Any]:
-        dims = in_dims[3:]
-        led = [
-            t.movedim(d, 0) if d is not None else t.expand(info.batch_size, *t.shape) if i < n_y + n_x else t
-            for i, (t, d) in enumerate(zip(tensors, dims, strict=True))
-        ]
-        batched = rule.batched([d is not None for d in dims[n_y + n_x :]], info.randomness)
-        return _Attach.apply(batched, n_y, n_x, *led), (0,) * n_y
+    def vmap(info: Any, in_dims: Dims, rule: Rule, n_y: int, n_x: int, *tensors: Tensor) -> tuple[Tensors, Dims]:
+        return _Attachment(rule, n_y, n_x).mapped(in_dims[3:], info.batch_size, info.randomness, tensors)
 
 
 class _Plain(Function):

@@ -1,15 +1,15 @@
 """The values of a black box under vmap: how many calls, with which dims in front."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.overrides import handle_torch_function
 
 from functorch_inverse import _torch
+from functorch_inverse._levels import Dims, run
 from functorch_inverse._values import BlackBox, refuse_empty
 from functorch_inverse.errors import StructureError
 
@@ -29,37 +29,37 @@ def evaluate(box: BlackBox, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _evaluate(box: BlackBox, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return _Values.apply(box, *tensors) if _torch.transforms_active() else box(*tensors)
+    return _values(box, tensors) if _torch.transforms_active() else box(*tensors)
 
 
-class _Values(Function):
-    """Values without derivative; its only rule is how they are batched."""
+def _values(box: BlackBox, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return run(_Evaluation(box), tensors)
 
-    @staticmethod
-    @_torch.signed
-    def forward(box: BlackBox, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return box(*(t.detach() for t in tensors))
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(*output)
+@dataclass(frozen=True, eq=False)
+class _Evaluation:
+    """Values without derivative, of tensors that nobody follows."""
 
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], box: BlackBox, *tensors: Tensor) -> tuple[Any, Any]:
-        box = replace(box, tensors_only=True)
-        dims = in_dims[1:]
-        batched = [d is not None for d in dims]
+    box: BlackBox
+
+    def differentiable(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        return self.values(tensors)
+
+    def values(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        return self.box(*(t.detach() for t in tensors))
+
+    def mapped(self, dims: Dims, size: int, randomness: str, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Dims]:
+        box, batched = replace(self.box, tensors_only=True), [d is not None for d in dims]
         moved = [t if d is None else t.movedim(d, 0) for t, d in zip(tensors, dims, strict=True)]
         if box.method == "vmap":
-            results = _Values.apply(_vmapped(box, batched, info.randomness), *moved)
+            results = _values(_vmapped(box, batched, randomness), moved)
         elif box.method == "sequential":
-            level = (tuple(batched), info.batch_size)
-            results = _Values.apply(replace(box, levels=(level, *box.levels)), *moved)
+            results = _values(replace(box, levels=((tuple(batched), size), *box.levels)), moved)
         elif _can_broadcast(box, moved, batched):
-            results = _broadcast(box, moved, batched, info.batch_size)
+            results = _broadcast(box, moved, batched, size)
         else:
-            results = _sample_by_sample(box, moved, batched, info.batch_size)
-        return results, _result_dims(box, results, info.batch_size)
+            results = _sample_by_sample(box, moved, batched, size)
+        return results, _result_dims(box, results, size)
 
 
 def _result_dims(box: BlackBox, results: Sequence[Tensor], size: int) -> tuple[int | None, ...]:
@@ -117,7 +117,7 @@ def _broadcast(box: BlackBox, tensors: Sequence[Tensor], batched: Sequence[bool]
         else t
         for i, (t, b) in enumerate(zip(tensors, batched, strict=True))
     ]
-    results = _Values.apply(replace(box, batch_dims=tuple(n + 1 + ones for n in box.batch_dims)), *led)
+    results = _values(replace(box, batch_dims=tuple(n + 1 + ones for n in box.batch_dims)), led)
     unused = tuple(range(1, ones + 1))
     return tuple(t.squeeze(unused) if t.ndim > ones else t for t in results)
 
@@ -127,5 +127,5 @@ def _sample_by_sample(box: BlackBox, tensors: Sequence[Tensor], batched: Sequenc
     if not size:
         refuse_empty(box.caller)
     columns = [t.unbind(0) if b else (t,) * size for t, b in zip(tensors, batched, strict=True)]
-    rows = [_Values.apply(box, *row) for row in zip(*columns, strict=True)]
+    rows = [_values(box, row) for row in zip(*columns, strict=True)]
     return tuple(torch.stack(column) for column in zip(*rows, strict=True))

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from functorch_inverse import _torch
+from functorch_inverse._levels import signed
 from functorch_inverse._quadrature import gauss_legendre
 
 __all__ = ["Factorisation", "Matrix", "factorised"]
@@ -72,7 +73,16 @@ class _Factors(NamedTuple):
     matrix: Tensor
     factors: tuple[Tensor, ...]
 
+    @property
+    def takes_columns(self) -> bool:
+        return True
+
     def solve(self, b: Tensor, *, transpose: bool = False) -> Tensor:
+        count = b.ndim - self.matrix.ndim + 1
+        if count:
+            columns = b.movedim(tuple(range(count)), tuple(range(-count, 0)))
+            found = _solve(self.kind, transpose, columns.flatten(-count), self.matrix, self.factors)
+            return found.unflatten(-1, columns.shape[-count:]).movedim(tuple(range(-count, 0)), tuple(range(count)))
         return _solve(self.kind, transpose, b.unsqueeze(-1), self.matrix, self.factors).squeeze(-1)
 
     def log_abs_det(self) -> Tensor:
@@ -83,7 +93,7 @@ class _Factorise(Function):
     """A -> factors, without derivative: what uses them differentiates with respect to A itself."""
 
     @staticmethod
-    @_torch.signed
+    @signed
     def forward(matrix: Tensor, kind: Factorisation) -> tuple[Tensor, ...]:
         return kind.factor(matrix)
 
@@ -110,7 +120,7 @@ class _Solve(Function):
     """P b (or P^T b) from the factors of A; b has the shape (*batch, m, k)."""
 
     @staticmethod
-    @_torch.signed
+    @signed
     def forward(kind: Factorisation, transpose: bool, b: Tensor, matrix: Tensor, *factors: Tensor) -> Tensor:
         return kind.apply(factors, b, transpose)
 
@@ -185,7 +195,7 @@ class _LogAbsDet(Function):
     """log |det A| from the factors of A."""
 
     @staticmethod
-    @_torch.signed
+    @signed
     def forward(kind: Factorisation, matrix: Tensor, *factors: Tensor) -> Tensor:
         return kind.log_abs_det(factors)
 

@@ -4,7 +4,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
@@ -80,7 +80,7 @@ class Inversion:
         return _announced(self, len(y), len(x), (*y, *x, *theta))
 
     def _solve(self, y: Tensors, x: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
-        with _torch.outside_inference_mode(), torch.no_grad(), _torch.full_precision(y[0]):
+        with _outside_inference_mode(), torch.no_grad(), _torch.full_precision(y[0]):
             y, x, theta = (widen(_usable(group)) for group in (y, x, theta))
             dims = (self.y_dims, self.x_dims)
             equation, start = Equation.of(self.caller, self.f, y, x, theta, dims, self.levels)
@@ -190,3 +190,10 @@ class _Solve(Function):
         ]
         batched = inversion.batched([d is not None for d in dims[n_y + n_x :]], info.randomness)
         return _Solve.apply(batched, n_y, n_x, *led), (0,) * n_y
+
+
+def _outside_inference_mode() -> AbstractContextManager[Any]:
+    """What is computed inside can have a graph."""
+    if torch.compiler.is_dynamo_compiling() or not torch.is_inference_mode_enabled():
+        return nullcontext()
+    return torch.inference_mode(False)

@@ -2,28 +2,21 @@
 
 Two ways with one face. Where no transform is open and nobody differentiates the derivative, the
 graph of a single evaluation serves everything. Otherwise torch.func.vjp, which composes.
-
-Reverse mode throughout: torch's forward mode is not thread-safe, turns float32 into float64 now and
-then, is missing for some special functions, and cannot run inside a plain dual level.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from functorch_inverse import _torch
 from functorch_inverse._chunks import nodes_below, rooted, widest
+from functorch_inverse._composed import Function, Tensors, dependent, leveled, own_node, pullback_to_theta
 from functorch_inverse._graph import Graph, check_graph, walk
 from functorch_inverse.errors import NoDerivativeError
 
-__all__ = ["Function", "Pullback", "in_torch", "pushforward"]
-
-Tensors: TypeAlias = Sequence[Tensor]
-# (y leaves, theta leaves) -> x leaves
-Function: TypeAlias = Callable[[Tensors, Tensors], tuple[Tensor, ...]]
+__all__ = ["Function", "GraphPullback", "Pullback", "Tensors", "in_torch"]
 
 
 class Pullback:
@@ -41,8 +34,9 @@ class Pullback:
     @staticmethod
     def of(f: Function, y: Tensors, theta: Tensors, wanted: Sequence[int]) -> "Pullback":
         """Evaluate f at a point; `wanted` are the positions of theta to differentiate."""
-        if _torch.plain():
-            return _GraphPullback(f, y, theta, wanted)
+        # There is no graph in inference mode.
+        if _torch.plain() and _torch.can_record():
+            return GraphPullback(f, y, theta, wanted)
         # Outside of the transform that they come from, tensors have no graph of their own.
         recorded = _torch.recording() and all(t.requires_grad for t in y)
         return (_RecordedPullback if recorded else _FuncPullback)(f, y, theta, wanted)
@@ -50,7 +44,7 @@ class Pullback:
     @staticmethod
     def of_values(f: Function, y: Tensors, theta: Tensors) -> "Pullback":
         """Evaluate f where nobody differentiates what comes of it, whatever is open outside."""
-        return (_FuncPullback if _torch.transforms_active() else _GraphPullback)(f, y, theta, ())
+        return (_FuncPullback if _torch.transforms_active() else GraphPullback)(f, y, theta, ())
 
     @staticmethod
     def open(f: Function, y: Tensors) -> "Pullback":
@@ -78,7 +72,7 @@ class Pullback:
         return None
 
 
-class _GraphPullback(Pullback):
+class GraphPullback(Pullback):
     """From the graph of one plain evaluation."""
 
     nodes: Sequence[Any] | None = None  # the graph, where no other is built upon it
@@ -87,20 +81,35 @@ class _GraphPullback(Pullback):
         self.y = [t.detach().requires_grad_() for t in y]
         leaves = [t.detach() for t in theta]
         self.theta = [leaves[i].requires_grad_() for i in wanted]
+        self.point = [*self.y, *leaves]
         with torch.enable_grad():
             self.outputs = _evaluate(f, self.y, leaves)
         self.nodes = check_graph(self.outputs, (*self.y, *self.theta))
-        self.transposed: tuple[list[Tensor], tuple[Tensor, ...]] | None = None
+        self.transposed: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
 
     def push(self, tangents: Tensors) -> tuple[Tensor, ...]:
         if self.transposed is None:
-            zeros = [torch.zeros_like(out, requires_grad=True) for out in self.outputs]
-            with torch.enable_grad():
-                outputs, some = _dependent(self.outputs, zeros)
-                pulled = torch.autograd.grad(outputs, self.y, some, create_graph=True, materialize_grads=True)
-            self.transposed = zeros, pulled
+            self.transposed = self._transposed(self.y)
         zeros, pulled = self.transposed
-        return self._run(pulled, tuple(zeros), tuple(tangents))
+        return self._run(pulled, zeros, tuple(tangents))
+
+    def _transposed(self, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Zeros, and as a function of them what they are pulled back to."""
+        zeros = tuple([torch.zeros_like(out, requires_grad=True) for out in self.outputs])
+        with torch.enable_grad():
+            outputs, some = dependent(self.outputs, zeros)
+            return zeros, torch.autograd.grad(outputs, inputs, some, create_graph=True, materialize_grads=True)
+
+    def push_along(self, places: Sequence[int], tangents: Tensors) -> tuple[Tensor, ...]:
+        """The derivative of f in some parts of (*y, *theta), times tangents."""
+        zeros, pulled = self._transposed([self.point[i] for i in places])
+        pulled, tangents = dependent(pulled, tangents)
+        return self._run(pulled, zeros, tangents) if pulled else tuple(torch.zeros_like(t) for t in zeros)
+
+    def pull(self, places: Sequence[int], cotangents: Tensors) -> tuple[Tensor, ...]:
+        """Its transpose, times cotangents."""
+        cotangents = [c.to(out.dtype) for c, out in zip(cotangents, self.outputs, strict=True)]
+        return self._grad([self.point[i] for i in places], cotangents)
 
     def graph(self) -> Graph | None:
         return None if self.nodes is None else Graph(self.outputs[0], self.y[0], self.nodes)
@@ -109,6 +118,16 @@ class _GraphPullback(Pullback):
         return None if self.nodes is None else widest(self.nodes)
 
 
+    def mixed(self, c: Tensors, chosen: Sequence[int], along: Tensors, wanted: Sequence[int]) -> tuple[Tensor, ...]:
+        """What `mixed` below computes, from this graph."""
+        outputs, c = dependent(self.outputs, c)
+        inputs = [self.point[i] for i in chosen]
+        with torch.enable_grad():
+            found = torch.autograd.grad(outputs, inputs, c, create_graph=True, materialize_grads=True)
+        found, along = dependent(found, along)
+        ends = tuple(self.point[i] for i in wanted)
+        return _torch.graph_grad(found, ends, along) if found else tuple(torch.zeros_like(t) for t in ends)
+
     def to_y(self, cotangents: Tensors) -> tuple[Tensor, ...]:
         return self._grad(self.y, cotangents)
 
@@ -116,21 +135,21 @@ class _GraphPullback(Pullback):
         return self._grad(self.theta, cotangents)
 
     def _grad(self, inputs: list[Tensor], cotangents: Tensors) -> tuple[Tensor, ...]:
-        outputs, grads = _dependent(self.outputs, cotangents)
+        outputs, grads = dependent(self.outputs, cotangents)
         return self._run(outputs, tuple(inputs), grads)
 
     def _run(self, outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return _torch.graph_grad(outputs, inputs, grads)
 
 
-class _RecordedPullback(_GraphPullback):
+class _RecordedPullback(GraphPullback):
     """The same with create_graph: plain autograd differentiates what is computed, to y and theta."""
 
     def __init__(self, f: Function, y: Tensors, theta: Tensors, wanted: Sequence[int]) -> None:
         # Nodes of their own, for the derivative of f alone: y depends on theta, too.
-        self.y, leaves, self.transposed = [_own_node(t) for t in y], list(theta), None
+        self.y, leaves, self.transposed = [own_node(t) for t in y], list(theta), None
         for i in wanted:
-            leaves[i] = _own_node(theta[i])
+            leaves[i] = own_node(theta[i])
         self.theta = [leaves[i] for i in wanted]
         self.outputs = _evaluate(f, self.y, leaves)
         check_graph(self.outputs, (*self.y, *self.theta))
@@ -140,7 +159,7 @@ class _RecordedPullback(_GraphPullback):
         return torch.autograd.grad(outputs, inputs, grads, create_graph=True, materialize_grads=True)
 
 
-class _OpenPullback(_GraphPullback):
+class _OpenPullback(GraphPullback):
     """From the graph that is being built: what is computed is itself differentiable, by plain autograd, to all that f reads."""
 
     in_open_graph: ClassVar[bool] = True
@@ -150,7 +169,7 @@ class _OpenPullback(_GraphPullback):
         self.theta, self.transposed = [], None
         with torch.inference_mode(False), torch.enable_grad():
             y = [t.clone() if t.is_inference() else t for t in y]
-            self.y = [_own_node(t) for t in y]
+            self.y = [own_node(t) for t in y]
             self.outputs = _evaluate(f, self.y, ())
         # Where nothing but y itself is tracked, nobody outside waits for a graph.
         tracked = any(t.requires_grad for t in y) or walk(self.outputs, self.y)[1] is not None
@@ -170,24 +189,12 @@ class _OpenPullback(_GraphPullback):
         return tuple(t.detach() for t in self.outputs) if self.closed else self.outputs
 
 
-def _dependent(outputs: Tensors, cotangents: Tensors) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """What depends on y at all, with its cotangents."""
-    live = [o.requires_grad for o in outputs]
-    return tuple(itertools.compress(outputs, live)), tuple(itertools.compress(cotangents, live))
-
-
-def _own_node(tensor: Tensor) -> Tensor:
-    """The same tensor, tangent and all, as a new node of the graph, or as a leaf."""
-    own = tensor.view_as(tensor)
-    return own if own.requires_grad else own.requires_grad_()
-
-
 class _FuncPullback(Pullback):
     """By torch.func.vjp, differentiable by everything outside."""
 
     def __init__(self, f: Function, y: Tensors, theta: Tensors, wanted: Sequence[int]) -> None:
         self.roots: list[Any] = []
-        self.outputs, self.to_y_ = torch.func.vjp(lambda *y: rooted(_evaluate(f, y, _level(theta)), self.roots), *y)
+        self.outputs, self.to_y_ = torch.func.vjp(lambda *y: rooted(_evaluate(f, y, leveled(theta)), self.roots), *y)
         self.f, self.y, self.theta, self.wanted = f, y, theta, wanted
         self.push_: Callable[..., Any] | None = None
 
@@ -196,42 +203,14 @@ class _FuncPullback(Pullback):
 
     def push(self, tangents: Tensors) -> tuple[Tensor, ...]:
         if self.push_ is None:
-            _, self.push_ = torch.func.vjp(self.to_y_, tuple(torch.zeros_like(out) for out in self.outputs))
-        (moved,) = self.push_(tuple(tangents))
-        return moved
+            _, self.push_ = torch.func.vjp(lambda *c: self.to_y_(c), *(torch.zeros_like(out) for out in self.outputs))
+        return self.push_(tuple(tangents))
 
     def to_y(self, cotangents: Tensors) -> tuple[Tensor, ...]:
         return self.to_y_(tuple(cotangents))
 
     def to_theta(self, cotangents: Tensors) -> tuple[Tensor, ...]:
-        part = restrict(self.f, self.y, self.theta, self.wanted)
-        return torch.func.vjp(part, *(self.theta[i] for i in self.wanted))[1](tuple(cotangents))
-
-
-def restrict(f: Function, y: Tensors, theta: Tensors, wanted: Sequence[int]) -> Callable[..., tuple[Tensor, ...]]:
-    """f as a function of the wanted theta alone."""
-
-    def part(*chosen: Tensor) -> tuple[Tensor, ...]:
-        everything = _level(theta)
-        for i, t in zip(wanted, chosen, strict=True):
-            everything[i] = t
-        return f(_level(y), everything)
-
-    return part
-
-
-def _level(tensors: Tensors) -> list[Tensor]:
-    """Constants of this level, so that a tensor of a lower one in f is seen to come from elsewhere."""
-    return [_torch.at_current_level(t) for t in tensors]
-
-
-def pushforward(f: Function, y: Tensors, theta: Tensors, tangents: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    """df/dtheta times tangents, as the transpose of the transpose."""
-    wanted = [i for i, t in enumerate(tangents) if t is not None]
-    outputs, pull = torch.func.vjp(restrict(f, y, theta, wanted), *(theta[i] for i in wanted))
-    _, push = torch.func.vjp(pull, tuple(torch.zeros_like(out) for out in outputs))
-    (moved,) = push(tuple(tangents[i] for i in wanted))
-    return moved
+        return pullback_to_theta(self.f, self.y, self.theta, self.wanted, cotangents)
 
 
 def _evaluate(f: Function, y: Tensors, theta: Tensors) -> tuple[Tensor, ...]:

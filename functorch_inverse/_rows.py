@@ -245,10 +245,26 @@ def _shifted(func: Any, args: list[Any], ndim: int, rows: int) -> list[Any] | No
     return args
 
 
+def _unsqueezed(func: Any, args: Any, kwargs: Any) -> _Rows | None:
+    rows, dim = args
+    place = dim % (rows.ndim + 1)
+    return _view(func, (rows, (*rows.shape[:place], 1, *rows.shape[place:])), kwargs) if place < rows.ndim else None
+
+
+def _squeezed(func: Any, args: Any, kwargs: Any) -> _Rows | None:
+    rows, dims = args
+    gone = {d % rows.ndim for d in (dims if isinstance(dims, list | tuple) else [dims]) if rows.shape[d] == 1}
+    shape = tuple(size for i, size in enumerate(rows.shape) if i not in gone)
+    return None if rows.ndim - 1 in gone else _view(func, (rows, shape), kwargs)
+
+
 _RULES = dict.fromkeys(ELEMENTWISE, _elementwise) | {
     _aten.add.Tensor: _add,
     _aten.mm.default: _product,
     _aten.mv.default: _product_with_vector,
     _aten.view.default: _view,
     _aten._unsafe_view.default: _view,
+    _aten.unsqueeze.default: _unsqueezed,
+    _aten.squeeze.dim: _squeezed,
+    _aten.squeeze.dims: _squeezed,
 }

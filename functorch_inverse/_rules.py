@@ -15,17 +15,18 @@ Differentiation (2022), section 2.
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from functorch_inverse import _torch
-from functorch_inverse._pullback import Tensors, pushforward
+from functorch_inverse._composed import Tensors
+from functorch_inverse._linear import Linearised, LinearSystem
+from functorch_inverse._solve import solve
 from functorch_inverse._vectors import Layout, Like
-from functorch_inverse.errors import StructureError
 from functorch_inverse.linear_solvers import LinearSolver
-from functorch_inverse.operators import Equation, JacobianOperator
+from functorch_inverse.operators import Equation
 
 __all__ = ["ImplicitRule", "Rule"]
 
@@ -81,34 +82,42 @@ class ImplicitRule:
         """The same rule where y, and some of theta, carry one more leading dim."""
         return replace(self, equation=self.equation.batched(theta_is_batched, randomness))
 
+    @functools.cached_property
+    def system(self) -> LinearSystem:
+        """What is solved for the derivatives of all orders."""
+        return LinearSystem(self.equation, self.linear_solver)
+
     def vjp(self, y: Tensors, theta: Tensors, x: Sequence[Like], wanted: Sequence[int]) -> Pull:
         """The map from cotangents v of y to what x and the wanted theta receive.
 
         x's part has the batch shape of y and the layout of `x`.
         """
-        A = self._at(y, theta, Layout.of(x, self.x_dims), wanted)
-        return functools.partial(self._pull, A, self._factors(A), len(x), [theta[i].dtype for i in wanted])
+        dtypes, y, theta = [theta[i].dtype for i in wanted], widen(y), widen(theta)
+        layout = Layout.of(x, self.x_dims)
+        if torch.compiler.is_dynamo_compiling() or self._is_first(y, theta):
+            at = Linearised(self.equation, self.linear_solver, y, theta, layout, wanted)
+            solve_: Callable[[Tensors], Tensors] = functools.partial(at.solve, transpose=True)
+            to_theta: Callable[[Tensors], Tensors] = at.to_theta
+        else:
+            solve_ = functools.partial(solve, self.system, y=y, theta=theta, x=layout, transpose=True)
+            to_theta = functools.partial(self.system.to_theta, y=y, theta=theta, x=layout, wanted=wanted)
+        return functools.partial(_pull, solve_, to_theta, y, len(x), dtypes)
 
-    def _pull(
-        self, A: JacobianOperator, factors: Any, n_x: int, dtypes: Sequence[torch.dtype], v: Optional
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        v = widen([torch.zeros_like(t) if c is None else c for c, t in zip(v, A.y, strict=True)])
-        u = self._solve(A, factors, v, transpose=True)
-        if not dtypes:
-            return u[:n_x], ()
-        received = A.pullback.to_theta(tuple(-t.to(o.dtype) for t, o in zip(u, A.pullback.outputs, strict=True)))
-        return u[:n_x], tuple(t.to(d) for t, d in zip(received, dtypes, strict=True))
+    def _is_first(self, y: Tensors, theta: Tensors) -> bool:
+        """Whether f is to be evaluated here and now: by values for one order, or with operations to be differentiated."""
+        if _torch.plain():
+            return not self.system.last
+        return self.system.differentiates_itself and any(map(_torch.is_live, (*y, *theta)))
 
     def jvp(self, y: Tensors, theta: Tensors, dx: Tensors, dtheta: Optional) -> tuple[Tensor, ...]:
         """The tangents of y."""
         with _torch.full_precision(y[0]):
-            A = self._at(y, theta, Layout.of(dx, self.x_dims))
-            rhs = [d.to(out.dtype) for d, out in zip(dx, A.pullback.outputs, strict=True)] if dx else None
-            if rhs is None or any(t is not None for t in dtheta):
+            at, x, rhs = (widen(y), widen(theta)), Layout.of(dx, self.x_dims), widen(dx)
+            if not rhs or any(t is not None for t in dtheta):
                 along = [None if t is None else widen([t])[0] for t in dtheta]
-                moved = pushforward(self.equation.f, A.y, A.theta, along)
-                rhs = [-m for m in moved] if rhs is None else [r - m for r, m in zip(rhs, moved, strict=True)]
-            dy = self._solve(A, self._factors(A), rhs, transpose=False)
+                moved = self.system.along_theta(along, *at, x)
+                rhs = tuple(r - m for r, m in zip(rhs, moved, strict=True)) if rhs else tuple(-m for m in moved)
+            dy = solve(self.system, rhs, *at, x, transpose=False)
             return tuple(d.to(t.dtype) for d, t in zip(dy, y, strict=True))
 
     def reads_more(self, y: Tensors, theta: Tensors) -> bool:
@@ -130,13 +139,14 @@ class ImplicitRule:
     def _newton_step(self, y: Tensors, x: Tensors, theta: Tensors, *, frozen: bool) -> tuple[Tensor, ...]:
         """`frozen` leaves out the derivative of A, which the last order asked for does not need."""
         with _torch.full_precision(y[0]):
-            A = self._at(y, theta, Layout.of(x, self.x_dims))
+            at = Linearised(self.equation, self.linear_solver, widen(y), widen(theta), Layout.of(x, self.x_dims))
+            A = at.A
             if A.shape[0] != A.shape[1] and not frozen:
                 _refuse_rectangular(self.equation.caller)
             A.frozen = frozen
             outputs = A.pullback.outputs
             residual = [out - t for out, t in zip(outputs, x, strict=True)] if x else list(outputs)
-            step = self._solve(A, self._factors(A), [r - r.detach() for r in residual], transpose=False)
+            step = at.solve([r - r.detach() for r in residual], transpose=False)
             if A.elementwise:
                 return (_move_numbers(y[0], -step[0].to(y[0].dtype), residual[0]),)
             return tuple(move(t, -d.to(t.dtype), residual) for t, d in zip(y, step, strict=True))
@@ -144,29 +154,21 @@ class ImplicitRule:
     def residual_step(self, y: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
         """A^-1 r: how far y is from the root of the residual, to first order."""
         with _torch.full_precision(y[0]):
-            A = self._at(y, theta, Layout((), (), ()))
-            return self._solve(A, self._factors(A), A.pullback.outputs, transpose=False)
+            y, theta = widen(y), widen(theta)
+            return tuple(solve(self.system, self.equation.f(y, theta), y, theta, Layout((), (), ()), transpose=False))
 
-    def _at(self, y: Tensors, theta: Tensors, x: Layout, wanted: Sequence[int] = ()) -> JacobianOperator:
-        """A at a point, in full precision."""
-        A = JacobianOperator(self.equation, widen(y), widen(theta), wanted)
-        if self.equation.x_dims is not None:
-            _check_output(self.equation.caller, A.pullback.outputs, A.batch, x)
-        return A
 
-    def _factors(self, A: JacobianOperator) -> Any:
-        """What serves every solve with A: its factors; where it is elementwise, its numbers."""
-        if A.elementwise:
-            return A.derivative()
-        _check_shape(self.equation.caller, A, self.linear_solver)
-        return self.linear_solver.factorise(A)
-
-    def _solve(self, A: JacobianOperator, factors: Any, b: Tensors, *, transpose: bool) -> tuple[Tensor, ...]:
-        """A^-1 b (as y), or A^-T b (as x)."""
-        if isinstance(factors, Tensor):
-            return (b[0] / factors,)
-        source, target = (A.inputs, A.outputs) if transpose else (A.outputs, A.inputs)
-        return target.unpack(factors.solve(source.pack(b, A.batch).to(A.dtype), transpose=transpose))
+def _pull(
+    solve: Callable[[Tensors], Tensors],
+    to_theta: Callable[[Tensors], Tensors],
+    y: Tensors,
+    n_x: int,
+    dtypes: Sequence[torch.dtype],
+    v: Optional,
+) -> tuple[Tensors, Tensors]:
+    u = solve(widen([torch.zeros_like(t) if c is None else c for c, t in zip(v, y, strict=True)]))
+    received = to_theta([-t for t in u]) if dtypes else ()
+    return u[:n_x], tuple(t.to(d) for t, d in zip(received, dtypes, strict=True))
 
 
 def move(y: Tensor, step: Tensor, live: Tensors) -> Tensor:
@@ -211,27 +213,6 @@ def widen(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 _WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
-
-
-def _check_output(caller: str, outputs: Sequence[Tensor], batch: torch.Size, x: Layout) -> None:
-    for out, shape, dtype in zip(outputs, x.shapes, x.dtypes, strict=True):
-        if out.shape == (*batch, *shape) and out.is_complex() == dtype.is_complex:
-            continue
-        raise StructureError(
-            f"`{caller}`: f(y, *args) gave shape {tuple(out.shape)} and {out.dtype} where x asks for "
-            f"{(*batch, *shape)} and {'a complex' if dtype.is_complex else 'a real'} dtype (batch dims of y, then "
-            "the event dims of x). f must map y back to x; check `event_dim`, or squeeze what f returns."
-        )
-
-
-def _check_shape(caller: str, A: JacobianOperator, solver: LinearSolver) -> None:
-    rows, columns = A.shape
-    if rows != columns and not getattr(solver, "rectangular", False):
-        raise StructureError(
-            f"`{caller}`: one sample has {rows} equations (numbers of the residual) for {columns} unknowns (numbers of y), so "
-            "the Jacobian has no inverse. State as many equations as unknowns, check `event_dim`, or pass "
-            "linear_solver=LeastSquares(), which asserts the minimum-norm solution."
-        )
 
 
 def _refuse_rectangular(caller: str) -> None:

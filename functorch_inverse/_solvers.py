@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ class _ByValues:
     """A solver that knows only values; the derivative comes from what it solves."""
 
     solver: ValueSolver
+    exact: ClassVar[bool] = True
 
     def factorise(self, operator: JacobianOperator) -> Factors:
         return _Iterated(self.solver, operator)
@@ -32,6 +33,7 @@ class _ByValues:
 class _Iterated:
     solver: ValueSolver
     operator: JacobianOperator
+    takes_columns: ClassVar[bool] = True
 
     def solve(self, b: Tensor, *, transpose: bool = False) -> Tensor:
         return solve_by_values(self.operator, self.solver, b, transpose=transpose)

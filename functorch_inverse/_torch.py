@@ -3,8 +3,7 @@
 A new torch that renames one of them breaks here, at import, and says so.
 """
 
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias
 
@@ -14,10 +13,12 @@ from torch.autograd import forward_ad
 
 try:
     # Which transforms are open, and what a wrapped tensor hides: decides what is live.
+    from torch._C import DisableTorchFunction as no_functions
     from torch._C import (
-        DisableTorchFunction,
+        DispatchKey,
         _are_functorch_transforms_active,
         _disabled_torch_function_impl,
+        _dispatch_tls_is_dispatch_key_excluded,
         _functorch,
         _get_dispatch_mode,
         _is_fwd_grad_enabled,
@@ -29,7 +30,7 @@ try:
     from torch._C._autograd import _get_current_graph_task_keep_graph as graph_is_kept
 
     # Saved-tensor hooks belong to the user's graph, not to one that is made and used up inside a forward.
-    from torch._C._autograd import _saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
+    from torch._C._autograd import _saved_tensors_hooks_is_enabled as saved_tensors_have_hooks  # type: ignore[attr-defined]
 
     # The level of torch.func.jvp: nested forward mode is wrong without the mend below.
     from torch._functorch import eager_transforms
@@ -45,7 +46,7 @@ try:
     from torch.utils._pytree import tree_leaves, tree_map
 
     # Read here so that their absence shows at import.
-    _ = (eager_transforms.JVP_NESTING, forward_ad._current_level, forward_ad._set_fwd_grad_enabled)
+    _ = (eager_transforms.JVP_NESTING, forward_ad._current_level)
 except (ImportError, AttributeError) as error:
     raise ImportError(
         f"functorch_inverse supports torch >= 2.11; torch {torch.__version__} differs in a private "
@@ -55,45 +56,21 @@ except (ImportError, AttributeError) as error:
 Tensors: TypeAlias = tuple[Tensor, ...]
 
 __all__ = [
-    "at_current_level",
-    "can_inspect",
-    "derivative_order",
-    "dual_level_open",
-    "fake_mode",
-    "forward_levels",
-    "forward_mode_again",
-    "forward_mode_available",
-    "full_precision",
-    "function_mode_active",
-    "graph_grad",
-    "graph_is_kept",
-    "has_history",
-    "has_to_wait",
-    "is_legacy_batched",
-    "is_live",
-    "is_open",
-    "is_wrapped",
-    "level",
-    "no_torch_function",
-    "outside_inference_mode",
-    "own_saved_tensors",
-    "plain",
-    "primal",
-    "recording",
-    "shapes_into",
-    "signed",
-    "traced_derivatives_possible",
-    "traced_transforms",
-    "transforms_active",
-    "tree_leaves",
-    "tree_map",
-    "undisturbed",
-    "wrapper",
-]
+    "add_batch_dim", "alive", "at_current_level", "can_inspect", "can_record", "derivative_order", "dual_level_open",
+    "fake_mode", "forward_levels", "forward_mode", "forward_mode_again", "forward_mode_available", "full_precision",
+    "function_mode_active", "graph_grad", "graph_is_kept", "has_history", "has_to_wait", "innermost", "is_followed",
+    "is_legacy_batched", "is_live", "is_mapping", "is_open", "is_wrapped", "level", "mark", "no_functions",
+    "no_torch_function", "peeled", "plain", "primal", "recording", "saved_tensors_have_hooks", "shapes_into",
+    "traced_derivatives_possible", "traced_transforms", "transforms_active", "tree_leaves", "tree_map", "undisturbed",
+    "wrap_for_grad", "wrapper",
+]  # fmt: skip
 
 no_torch_function: Any = _disabled_torch_function_impl
 _run_backward: Any = Variable._execution_engine.run_backward
 is_wrapped = _functorch.is_functorch_wrapped_tensor
+add_batch_dim, wrap_for_grad = _functorch._add_batch_dim, _functorch._wrap_for_grad
+forward_mode = forward_ad._set_fwd_grad_enabled
+_NO_CONTEXT = nullcontext()
 
 # The vmap of is_grads_batched and torch.autograd.functional, which does not ask a Function for its rule: its tensors
 # have no values to show, and go one by one through an operator that it does not know.
@@ -112,7 +89,7 @@ def dual_level_open() -> bool:
 
 def plain() -> bool:
     """Whether nobody differentiates or transforms what is computed now."""
-    return not (transforms_active() or torch.is_grad_enabled() or dual_level_open())
+    return not (transforms_active() or torch.is_grad_enabled() or (dual_level_open() and _is_fwd_grad_enabled()))
 
 
 def recording() -> bool:
@@ -122,9 +99,7 @@ def recording() -> bool:
 
 def undisturbed() -> bool:
     """Whether nothing but plain autograd takes part in what is computed now."""
-    if torch.compiler.is_dynamo_compiling() or _are_functorch_transforms_active():
-        return False
-    return forward_ad._current_level < 0 and not _is_torch_function_mode_enabled()
+    return not (transforms_active() or dual_level_open() or _is_torch_function_mode_enabled())
 
 
 def function_mode_active() -> bool:
@@ -137,7 +112,7 @@ def at_current_level(tensor: Tensor) -> Tensor:
     if torch.compiler.is_dynamo_compiling():  # nothing escapes a trace
         return tensor
     now = _functorch.maybe_current_level()
-    return tensor if now is None or level(tensor) >= now else _functorch._wrap_for_grad(tensor, now)
+    return tensor if now is None or level(tensor) >= now else wrap_for_grad(tensor, now)
 
 
 def level(tensor: Tensor) -> int:
@@ -148,11 +123,8 @@ def level(tensor: Tensor) -> int:
 def _tracked(tensor: Tensor) -> bool:
     if tensor.requires_grad and torch.is_grad_enabled():
         return True
-    return (
-        forward_ad._current_level >= 0
-        and _is_fwd_grad_enabled()
-        and forward_ad.unpack_dual(tensor, level=0).tangent is not None
-    )
+    possible = forward_ad._current_level >= 0 and _is_fwd_grad_enabled()
+    return possible and forward_ad.unpack_dual(tensor, level=0).tangent is not None
 
 
 def graph_grad(outputs: Tensors, inputs: Tensors, cotangents: Tensors) -> Tensors:
@@ -168,34 +140,73 @@ def shapes_into(node: Any) -> list[Any]:
 
 def is_live(tensor: Tensor) -> bool:
     """Whether a derivative of any open level flows through a tensor."""
-    with DisableTorchFunction():  # a mode would answer for what stands in for the tensor
+    with no_functions():  # a mode would answer for what stands in for the tensor
         return _is_live(tensor)
 
 
 def _is_live(tensor: Tensor) -> bool:
     if forward_ad._current_level < 0 and not is_wrapped(tensor):
         return tensor.requires_grad and torch.is_grad_enabled()
-    if not _are_functorch_transforms_active():
-        return _tracked(tensor)
     # Tangents show only at their own level: step down through the open transforms to it.
-    interpreter = retrieve_current_functorch_interpreter()
-    if level(tensor) == interpreter.level():
-        if not _functorch.is_batchedtensor(tensor) and _tracked(tensor):
-            return True
+    top, tensor = innermost(), alive(tensor)
+    if top is None or is_followed(tensor, top):
+        return is_followed(tensor, top)
+    with top.lower():
+        return _is_live(peeled(tensor, top)[0])
+
+
+def innermost() -> Any:
+    """The innermost open transform, or None."""
+    return retrieve_current_functorch_interpreter() if _are_functorch_transforms_active() else None
+
+
+def is_mapping(transform: Any) -> bool:
+    """Whether a transform is a vmap."""
+    return transform.key() == _functorch.TransformType.Vmap
+
+
+def is_followed(tensor: Tensor, transform: Any) -> bool:
+    """Whether a derivative of this innermost transform, or of plain autograd where it is None, flows through a tensor."""
+    if transform is not None and (level(tensor) != transform.level() or is_mapping(transform)):
+        return False
+    return _tracked(tensor)
+
+
+def alive(tensor: Tensor) -> Tensor:
+    """A tensor without what transforms that are closed left around it."""
+    while level(tensor) < -1:
         tensor = _functorch.get_unwrapped(tensor)
-    with interpreter.lower():
-        return _is_live(tensor)
+    return tensor
+
+
+def peeled(tensor: Tensor, transform: Any) -> tuple[Tensor, int | None]:
+    """A tensor without what this innermost transform put around it, and the dim that it maps."""
+    if transform is None or level(tensor) != transform.level():
+        return tensor, None
+    dim = _functorch.maybe_get_bdim(tensor) if is_mapping(transform) else None
+    return _functorch.get_unwrapped(tensor), dim
+
+
+def can_record() -> bool:
+    """Whether there can be a graph: not in inference mode, of which torch.func.jvp hides all other signs."""
+    return not _dispatch_tls_is_dispatch_key_excluded(DispatchKey.AutogradFunctionality)
+
+
+def mark(tensor: Tensor) -> Any:
+    """What stays the same while nobody writes to a tensor, or frees it; None where nobody can tell."""
+    known = can_inspect(tensor) and not tensor.is_inference()
+    return (tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride(), tensor.dtype) if known else None
 
 
 def is_open(tensor: Tensor) -> bool:
     """Whether a transform or autograd has a hold on a tensor, so that it must be an explicit input."""
-    with DisableTorchFunction():
+    with no_functions():
         return tensor.requires_grad or is_wrapped(tensor) or _is_live(tensor)
 
 
 def has_history(tensor: Tensor) -> bool:
     """Whether a tensor keeps a graph alive."""
-    with DisableTorchFunction():
+    with no_functions():
         return is_wrapped(tensor) or tensor.grad_fn is not None
 
 
@@ -222,8 +233,7 @@ def derivative_order() -> int:
     AOTAutograd has no double backward, so the outer autograd counts once.
     """
     kinds = (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
-    stack = _functorch.get_interpreter_stack() or ()
-    return 1 + sum(entry.key() in kinds for entry in stack)
+    return 1 + sum(entry.key() in kinds for entry in _functorch.get_interpreter_stack() or ())
 
 
 @torch._dynamo.assume_constant_result
@@ -245,25 +255,19 @@ def traced_derivatives_possible() -> bool:
 
 @contextmanager
 def _forward_mode_again() -> Iterator[None]:
-    with forward_ad._set_fwd_grad_enabled(True), torch.enable_grad():
+    with forward_mode(True), torch.enable_grad():
         yield
 
 
 def forward_mode_again() -> AbstractContextManager[None]:
     """Let the code of a `jvp` staticmethod be differentiated by outer levels."""
-    return _forward_mode_again() if eager_transforms.JVP_NESTING else nullcontext()
+    return _forward_mode_again() if eager_transforms.JVP_NESTING else _NO_CONTEXT
 
 
 def forward_mode_available() -> bool:
     """Whether torch.func.jvp can be opened here: not inside a plain dual level, and not under Dynamo."""
-    plain_level = forward_ad._current_level >= 0 and not eager_transforms.JVP_NESTING
-    return not torch.compiler.is_dynamo_compiling() and not plain_level
-
-
-def signed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` of an autograd.Function with its signature at hand, which torch asks for at every call."""
-    function.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
-    return function
+    open_to_it = not dual_level_open() or eager_transforms.JVP_NESTING > 0
+    return open_to_it and not torch.compiler.is_dynamo_compiling()
 
 
 def wrapper(cls: Any, shape: Any, like: Tensor) -> Any:
@@ -279,26 +283,7 @@ def fake_mode() -> AbstractContextManager[Any]:
 @torch._dynamo.assume_constant_result
 def forward_levels() -> int:
     """How many torch.func.jvp levels are open while Dynamo traces."""
-    stack = _functorch.get_interpreter_stack() or ()
-    return sum(entry.key() == _functorch.TransformType.Jvp for entry in stack)
-
-
-def outside_inference_mode() -> AbstractContextManager[Any]:
-    """What is computed inside can have a graph."""
-    if torch.compiler.is_dynamo_compiling() or not torch.is_inference_mode_enabled():
-        return nullcontext()
-    return torch.inference_mode(False)
-
-
-def own_saved_tensors() -> AbstractContextManager[Any]:
-    """A graph made inside saves plain tensors, whatever hooks (of checkpoint, say) are set."""
-    if torch.compiler.is_dynamo_compiling() or not _saved_tensors_hooks_is_enabled():
-        return nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(_same, _same)
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
+    return sum(entry.key() == _functorch.TransformType.Jvp for entry in _functorch.get_interpreter_stack() or ())
 
 
 def primal(tensor: Tensor | None) -> Tensor | None:
@@ -308,14 +293,8 @@ def primal(tensor: Tensor | None) -> Tensor | None:
     return forward_ad.unpack_dual(tensor).primal
 
 
-_NO_CONTEXT = nullcontext()
-
-
 def full_precision(tensor: Tensor) -> AbstractContextManager[None]:
     """Autocast switched off: derivatives are computed in the precision of their inputs."""
     kind = tensor.device.type
-    if kind == "cpu" and not torch.is_autocast_enabled(kind):
-        return _NO_CONTEXT
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()
+    enabled = (kind == "cpu" or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if enabled else _NO_CONTEXT

@@ -6,7 +6,7 @@ tridiagonal systems take a shorter way on both.
 """
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -57,6 +57,7 @@ class Banded:
     lower: int
     upper: int
     on_singular: OnSingular = "raise"
+    exact: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.on_singular not in ("raise", "nan"):

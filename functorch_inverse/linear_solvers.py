@@ -4,7 +4,7 @@ Direct ones factorise once for many right-hand sides. All are frozen and equal b
 """
 
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -41,6 +41,9 @@ class LinearSolver(Protocol):
 @dataclass(frozen=True)
 class _Direct:
     """A solver by factors of the whole matrix."""
+
+    # A u = b holds for what it finds, so that the derivative of u follows from that.
+    exact: ClassVar[bool] = True
 
     on_singular: OnSingular = "raise"
     chunk_size: int | None = field(default=None, kw_only=True)
@@ -232,7 +235,8 @@ class LeastSquares(_Direct):
     Source: Golub and Van Loan, Matrix Computations, 4th edition, sections 5.3 and 5.6; Golub and Pereyra (1973).
     """
 
-    rectangular = True
+    exact: ClassVar[bool] = False
+    rectangular: ClassVar[bool] = True
 
     def factor(self, matrix: Tensor, *, owned: bool = False) -> tuple[Tensor, ...]:
         """(Q, R) of A, or of A^T where that is the tall one."""

@@ -151,6 +151,24 @@ def test_mixed_numbers_by_one_pass(name, batch, chunk, monkeypatch):
     torch.testing.assert_close(got, torch.stack(rows).reshape(*batch, N, N), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name != "python"])
+def test_under_vmap(name):
+    """f sees single samples; its graph has the dims that vmap puts in and takes out."""
+    f, y = FUNCTIONS[name], torch.randn(4, N, dtype=torch.float64)
+    got = torch.vmap(torch.func.jacrev(fi.custom_inverse(lambda x: y.clone(), f, event_dim=1)))(f(y).detach())
+    rows = [torch.autograd.functional.jacobian(f, sample) for sample in y]
+    assert_close([got], [torch.linalg.inv(torch.stack(rows))], 1e-5 if name == "precision" else 1e-9)
+
+
+def test_one_pass_for_all_rows_under_vmap(monkeypatch):
+    """The dims that vmap puts in and takes out cost no rows."""
+    monkeypatch.setattr(operators, "jacobian", None)
+    for name in ("layer", "network", "elementwise", "linear"):
+        y = torch.randn(4, N, dtype=torch.float64)
+        h = fi.custom_inverse(lambda x, y=y: y.clone(), FUNCTIONS[name], event_dim=1)
+        assert torch.vmap(torch.func.jacrev(h))(torch.randn(4, N, dtype=torch.float64)).isfinite().all()
+
+
 def test_a_shared_jacobian_is_not_changed():
     """A is the same for all samples, and in f's own memory."""
     before = A.clone()
