@@ -23,6 +23,7 @@ from functorch_inverse._rules import ImplicitRule, Pull
 from functorch_inverse._tree import ONE_TENSOR, PLAIN, Tree
 from functorch_inverse._values import is_array, output
 from functorch_inverse._vectors import Like
+from functorch_inverse.operators import Equation
 
 __all__ = ["solve_inverse"]
 
@@ -58,10 +59,10 @@ def _is_plain(leaf: Any) -> bool:
 
 
 class _Seen(NamedTuple):
-    """What a function captures, and the rules of calls in which it was the same, by the dims of x and the number of args."""
+    """What a function captures, and the equations of calls in which it did, by the dims of x and the number of args."""
 
     captured: Captured
-    rules: dict[tuple[int, int], ImplicitRule]
+    equations: dict[tuple[int, int], Equation]
 
 
 _NOTHING = _Seen(Captured(), {})
@@ -82,15 +83,15 @@ def _seen(problem: InverseProblem, which: int) -> _Seen:
 
 
 def _rule(problem: InverseProblem, y: Tensor, x: Tensor, args: Tensors, seen: _Seen) -> ImplicitRule:
-    """The rule, of an earlier call if there is one."""
-    rule = seen.rules.get((x.ndim, len(args)))
-    if rule is None:
-        captured = seen.captured
+    """A rule of its own for each call, since it keeps factors; its equation is that of an earlier call, if there is one."""
+    key, (captured, equations) = (x.ndim, len(args)), seen
+    equation = equations.get(key)
+    if equation is None:
         rule, _, _ = problem.rule(Given.of(x, tuple(args), {}), Values(ONE_TENSOR, (y,), (True,), ()), captured)
-        if rule.equation.y_dims == rule.equation.x_dims == (0,) and not captured.tensors:
-            rule = NumberRule(rule.equation, rule.linear_solver, problem.evidence, captured)
-        seen.rules[x.ndim, len(args)] = rule
-    return rule
+        equations[key] = equation = rule.equation
+    if equation.y_dims == equation.x_dims == (0,) and not captured.tensors:
+        return NumberRule(equation, problem.linear_solver, problem.evidence, captured)
+    return ImplicitRule(equation, problem.linear_solver)
 
 
 class _Returned:

@@ -1,5 +1,7 @@
 """One tensor to one tensor in plain autograd: the short way gives what the long way gives, and calls g once."""
 
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -191,3 +193,22 @@ def test_one_function_for_many_shapes():
     for batch in [(), (2,), (2, 2), (5,), ()]:
         x = X.expand(*batch, 3)
         assert_close(derivatives(h, x, C, B), derivatives(vector_exact, x, C, B))
+
+
+def test_factors_go_with_the_graph():
+    """They are larger than anything else, and the function lives on."""
+    n, h = 64, fi.custom_inverse(lambda x: x.clone(), lambda y: y + y.tanh().cumsum(-1), event_dim=1)
+
+    def backward():
+        x = torch.randn(4, n, requires_grad=True)
+        torch.autograd.grad(h(x).sum(), x)
+        torch.autograd.grad(torch.autograd.grad(h(x).sin().sum(), x, create_graph=True)[0].sum(), x)
+        torch.func.hessian(lambda x: h(x).sin().sum())(x.detach()[0])
+
+    def large():
+        gc.collect()
+        return sum(type(t) is torch.Tensor and t.numel() >= n * n for t in gc.get_objects())
+
+    before = large()
+    backward()
+    assert large() == before
