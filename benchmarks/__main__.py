@@ -1,7 +1,7 @@
 """All claims, each in a process of its own, as one table and one picture.
 
-python -m benchmarks            the quick forms: float64, five minutes, printed
-python -m benchmarks --full     both precisions, an hour or less, for benchmarks/results.md and benchmarks/results.png
+python -m benchmarks            the quick forms: ten minutes, printed
+python -m benchmarks --full     an hour or less, for benchmarks/results.md and benchmarks/results.png
 """
 
 import argparse
@@ -39,7 +39,7 @@ def run(claim, quick):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="both precisions, ten times as long; writes into benchmarks/")
+    parser.add_argument("--full", action="store_true", help="ten times as long; writes into benchmarks/")
     parser.add_argument("--json", metavar="PATH", help="write the figures")
     parser.add_argument("--plot", metavar="PATH", help="draw the figures")
     parser.add_argument("--markdown", metavar="PATH", help="write the table")

@@ -186,7 +186,7 @@ def measured(workloads: Iterable[Workload], effort: Effort) -> list[Row]:
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="float64 only, a fraction of the time")
+    parser.add_argument("--quick", action="store_true", help="a fraction of the time")
     parser.add_argument("--json", metavar="PATH", help="write the figures")
     parser.add_argument("--plot", metavar="PATH", help="draw the figures")
     return parser

@@ -38,7 +38,7 @@ class Effort:
 
 
 TINY = Effort("tiny", 0.0, 1, (torch.float64,), compiler=None)
-QUICK = Effort("quick", 0.3, 5, (torch.float64,))
+QUICK = Effort("quick", 0.3, 5, (torch.float64, torch.float32))
 FULL = Effort("full", 3.0, 15, (torch.float64, torch.float32))
 
 

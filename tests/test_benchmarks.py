@@ -1,6 +1,7 @@
 """The benchmarks run at tiny sizes and tell right from wrong; nothing is said about time here."""
 
 import importlib
+import json
 import sys
 
 import pytest
@@ -202,5 +203,11 @@ def test_the_work_for_the_gpu_is_right_on_the_cpu():
         assert " ms |" in _report.markdown([row])
 
 
-def test_the_old_table_imports():
-    assert importlib.import_module("benchmarks.accuracy_of_differences").RULES
+def test_the_accuracy_of_differences(tmp_path, capsys):
+    claim = importlib.import_module("benchmarks.accuracy_of_differences")
+    claim.main(["--quick", "--json", str(tmp_path / "errors.json")])
+    found = json.loads((tmp_path / "errors.json").read_text())
+    assert len(found) == len(claim.RULES)
+    assert all(0 < error < 1e-2 for row in found.values() for error in row)
+    assert found["central, 6"][0] < found["central, 2"][0] < found["forward, 1"][0]
+    assert capsys.readouterr().out.count("\n") == 2 + len(claim.RULES)
