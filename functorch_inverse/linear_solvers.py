@@ -31,7 +31,10 @@ class Factors(Protocol):
 
 
 class LinearSolver(Protocol):
-    """A solver object: one factorisation that serves many right-hand sides."""
+    """A solver object: one factorisation that serves many right-hand sides.
+
+    Where its class says `exact = True`, A u = b holds for what it finds: then it needs no derivative of its own.
+    """
 
     def factorise(self, operator: JacobianOperator) -> Factors:
         """What is prepared once for a Jacobian: `operator.as_matrix()` has the shape (*batch, n, n)."""

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from helpers import assert_close, live, total
@@ -229,3 +230,18 @@ class Inverting:
 @pytest.mark.parametrize("transform", [jacrev, jacfwd, hessian])
 def test_another_linear_solver(transform):
     assert_close(transform(box(linear_solver=Inverting()), (0, 1))(X, C), transform(box(), (0, 1))(X, C))
+
+
+class ByValues(Inverting):
+    """One that says that it solves, and needs no derivative of its own."""
+
+    exact = True
+
+    def factorise(self, operator):
+        self.inverse = torch.from_numpy(np.linalg.inv(operator.as_matrix().numpy()))
+        return self
+
+
+@pytest.mark.parametrize("transform", [jacrev, jacfwd, hessian])
+def test_a_linear_solver_of_values_alone(transform):
+    assert_close(transform(box(linear_solver=ByValues()), (0, 1))(X, C), transform(box(), (0, 1))(X, C))
