@@ -16,13 +16,16 @@ from functorch_inverse import _torch
 from functorch_inverse._attach import attach_plainly
 from functorch_inverse._call import Given, Values, solve
 from functorch_inverse._capture import Captured
-from functorch_inverse._graph import check_graph
+from functorch_inverse._chunks import chunk_of, jacobian, widest
+from functorch_inverse._dense import factorised
+from functorch_inverse._graph import Graph, check_graph
 from functorch_inverse._inverse import InverseProblem
 from functorch_inverse._pullback import Tensors, in_torch
 from functorch_inverse._rules import ImplicitRule, Pull
 from functorch_inverse._tree import ONE_TENSOR, PLAIN, Tree
 from functorch_inverse._values import is_array, output
 from functorch_inverse._vectors import Like
+from functorch_inverse.linear_solvers import LU
 from functorch_inverse.operators import Equation
 
 __all__ = ["solve_inverse"]
@@ -89,8 +92,9 @@ def _rule(problem: InverseProblem, y: Tensor, x: Tensor, args: Tensors, seen: _S
     if equation is None:
         rule, _, _ = problem.rule(Given.of(x, tuple(args), {}), Values(ONE_TENSOR, (y,), (True,), ()), captured)
         equations[key] = equation = rule.equation
-    if equation.y_dims == equation.x_dims == (0,) and not captured.tensors:
-        return NumberRule(equation, problem.linear_solver, problem.evidence, captured)
+    numbers, vectors = (equation.y_dims == equation.x_dims == (n,) for n in (0, 1))
+    if not captured.tensors and (numbers or (vectors and type(problem.linear_solver) is LU)):
+        return DirectRule(equation, problem.linear_solver, problem.evidence, captured)
     return ImplicitRule(equation, problem.linear_solver)
 
 
@@ -105,10 +109,10 @@ class _Returned:
 
 
 @dataclass(frozen=True, eq=False)
-class NumberRule(ImplicitRule):
-    """Each number is a sample of its own: x receives v / f'(y), where f' takes one pass through the graph of f.
+class DirectRule(ImplicitRule):
+    """The same rule by plain autograd of one real tensor: x receives A^-T v with A from the graph of one evaluation of f.
 
-    What is not plain autograd of plain numbers takes the general way.
+    What is more than that, or does not fit, takes the general way.
     """
 
     f: Callable[..., Any]
@@ -116,7 +120,8 @@ class NumberRule(ImplicitRule):
 
     def vjp(self, y: Tensors, theta: Tensors, x: Sequence[Like], wanted: Sequence[int]) -> Pull:
         """The map from cotangents v of y to what x and the wanted theta receive."""
-        if not _torch.plain():
+        # Where there have been other derivatives, their factors serve this one.
+        if not _torch.plain() or "system" in vars(self) or not y[0].numel():
             return super().vjp(y, theta, x, wanted)
         at = y[0].detach().requires_grad_()
         leaves = [t.detach() for t in theta]
@@ -126,11 +131,30 @@ class NumberRule(ImplicitRule):
             out = in_torch(self.f, at, *leaves)
         if type(out) is not Tensor or out.shape != at.shape or out.dtype is not at.dtype or not out.requires_grad:
             return super().vjp(y, theta, x, wanted)
-        check_graph((out,), (at, *chosen))
-        (slope,) = _torch.graph_grad((out,), (at,), (torch.ones_like(at),))
-        return functools.partial(_pull, out, chosen, slope)
+        graph = Graph(out, at, check_graph((out,), (at, *chosen)))
+        solve = _division(graph) if self.equation.y_dims == (0,) else _lu(graph, self.linear_solver)
+        return functools.partial(_pull, solve, out, tuple(chosen))
 
 
-def _pull(out: Tensor, chosen: Sequence[Tensor], slope: Tensor, v: Sequence[Tensor]) -> tuple[Tensors, Tensors]:
-    u = v[0] / slope
-    return (u,), _torch.graph_grad((out,), tuple(chosen), (-u,)) if chosen else ()
+def _division(graph: Graph) -> Callable[[Tensor], Tensor]:
+    """Numbers: v / f'(y), where f' takes one pass."""
+    (slope,) = _torch.graph_grad((graph.output,), (graph.y,), (torch.ones_like(graph.y),))
+    return lambda v: v / slope
+
+
+def _lu(graph: Graph, solver: Any) -> Callable[[Tensor], Tensor]:
+    """Vectors: one factorisation of A."""
+    out, y = graph.output, graph.y
+    *batch, rows = out.shape
+    chunk = chunk_of(solver.chunk_size, rows, out.numel() * rows, lambda: widest(graph.nodes))
+    matrix = graph.matrix(chunk)
+    if matrix is None:
+        matrix = jacobian(lambda w: _torch.graph_grad((out,), (y,), (w,))[0], batch, rows, out, chunk=chunk)
+    return functools.partial(factorised(solver, matrix, owned=True).solve, transpose=True)
+
+
+def _pull(
+    solve: Callable[[Tensor], Tensor], out: Tensor, chosen: tuple[Tensor, ...], v: Sequence[Tensor]
+) -> tuple[Tensors, Tensors]:
+    u = solve(v[0])
+    return (u,), _torch.graph_grad((out,), chosen, (-u,)) if chosen else ()

@@ -212,3 +212,42 @@ def test_factors_go_with_the_graph():
     before = large()
     backward()
     assert large() == before
+
+
+def test_an_f_without_fast_rows():
+    """Its rows come one after the other, from the same single evaluation."""
+    calls = []
+
+    class Tanh(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            ctx.save_for_backward(z := y.tanh())
+            return z
+
+        @staticmethod
+        def backward(ctx, v):
+            return v * (1 - ctx.saved_tensors[0] ** 2)
+
+    def f(y):
+        calls.append(y)
+        return y + Tanh.apply(y.flip(-1)).cumsum(-1)
+
+    y = torch.randn(3, 8, dtype=torch.float64)
+    x = f(y).detach().requires_grad_()
+    calls.clear()
+    (got,) = torch.autograd.grad(fi.custom_inverse(lambda x: y.clone(), f, event_dim=1)(x).sum(), x)
+    assert len(calls) == 1
+    J = torch.stack([torch.autograd.functional.jacobian(lambda y: y + y.flip(-1).tanh().cumsum(-1), row) for row in y])
+    assert_close(got, torch.linalg.solve(J.mT, torch.ones_like(y)))
+
+
+def test_a_first_order_after_a_second():
+    """The factors of the one serve the other."""
+    y, A = torch.randn(5, 3, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64) / 3
+    f = lambda y: y + 0.3 * torch.tanh(y @ A.T)  # noqa: E731
+    x = f(y).detach().requires_grad_()
+    z = fi.custom_inverse(lambda x: y.clone(), f, event_dim=1)(x)
+    (first,) = torch.autograd.grad(z.sum(), x, create_graph=True)
+    torch.autograd.grad(first.sum(), x, retain_graph=True)
+    (again,) = torch.autograd.grad(z.sum(), x)
+    assert_close(again, first.detach())
