@@ -138,7 +138,10 @@ class _Attach(Function):
             pull = ctx.kept[1] if plain and ctx.kept[0] == wanted else ctx.rule.vjp(y, theta, ctx.x, wanted)
             u, received = pull(v)
         # The factors serve the next backward of this node, and go with the graph.
-        ctx.kept = (wanted, pull) if plain and _torch.graph_is_kept() else (None, None)
+        kept = _torch.graph_is_kept()
+        ctx.kept = (wanted, pull) if plain and kept else (None, None)
+        if not kept:
+            ctx.rule.forget()
         for i, (t, like) in enumerate(zip(u, ctx.x, strict=True), first):
             if needed[i]:
                 nothing[i] = t.to(like.dtype)

@@ -11,11 +11,12 @@ can reach becomes an input of its own, and f reads what the input holds:
    derivative would be lost.
 """
 
+import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,13 +50,22 @@ def _swapped_in(slot: Tensor) -> bool:
     return not isinstance(slot, nn.Parameter)
 
 
+class _Frozen(NamedTuple):
+    """A parameter without derivative: its places, and how often it had been changed in place."""
+
+    slots: Slots
+    tensor: Tensor
+    version: int
+
+
 @dataclass(frozen=True, eq=False)
 class Captured:
     """Tensors that functions read by themselves, as parameters that can be given other values.
 
     Parameters and buffers are known by their place in a module, because their value changes under
     functional_call; other tensors by identity. `reach` is everything that was there, with the
-    versions of the tensors, to notice later what was exchanged or changed in place.
+    versions of the tensors, and `frozen` are the parameters that have no derivative, to notice later what was
+    exchanged or changed in place.
     """
 
     sight: Sight | None = None
@@ -63,6 +73,7 @@ class Captured:
     loose: tuple[Tensor, ...] = ()
     reach: Reach | None = None
     versions: tuple[int, ...] = ()
+    frozen: "tuple[_Frozen, ...]" = ()
     # The present values, in the order in which `running` takes them.
     tensors: tuple[Tensor, ...] = ()
 
@@ -75,7 +86,9 @@ class Captured:
         with _unswapped(reach.modules):
             held = slots_of(reach.modules)
         known = {id(t) for t, _ in held}
-        state = [(t, slots) for t, slots in held if wanted(t) or _swapped_in(t)]
+        flags = [wanted(t) or _swapped_in(t) for t, _ in held]
+        state = list(itertools.compress(held, flags))
+        frozen = tuple(_Frozen(slots, t, _version(t)) for (t, slots), flag in zip(held, flags, strict=True) if not flag)
 
         def explicit(tensor: Tensor) -> bool:
             meant = standing_for(tensor)
@@ -90,6 +103,7 @@ class Captured:
             loose=loose,
             reach=reach,
             versions=tuple(map(_version, reach.tensors)),
+            frozen=frozen,
             tensors=(*(t for t, _ in state), *map(standing_for, loose)),
         )
 
@@ -143,12 +157,23 @@ class Captured:
             _compare(self.reach, reach)
         if any(map(_torch.has_history, self.loose)):
             self.sight.forget()
-        if not self.versions:
+        if not (self.versions or self.frozen):
             return
         captured = {id(t) for t in self.loose}
-        versions = zip(self.reach.tensors, self.versions, strict=True)
-        if any(_version(t) != version for t, version in versions if id(t) not in captured):
+        versions = [(t, v) for t, v in zip(self.reach.tensors, self.versions, strict=True) if id(t) not in captured]
+        if self.frozen:
+            with _unswapped(reach.modules):
+                if not all(_is_in_place(place, t) for slots, t, _ in self.frozen for place in slots):
+                    _refuse_exchanged("exchanged")
+            versions += [(t, v) for _, t, v in self.frozen]
+        if any(_version(t) != v for t, v in versions):
             _refuse_exchanged("changed in place")
+
+
+def _is_in_place(place: tuple[Any, str], tensor: Tensor) -> bool:
+    space, name = place
+    return space[name] is tensor
+
 
 def _compare(then: Reach, now: Reach) -> None:
     """NoDerivativeError where a derivative would be lost between two walks."""

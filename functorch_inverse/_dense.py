@@ -62,6 +62,7 @@ def factorised(kind: Factorisation, matrix: Tensor, *, owned: bool = False) -> M
         return _Inverse(matrix)
     if not _torch.plain():
         return _Factors(kind, matrix, _Factorise.apply(matrix.detach(), kind))
+    owned = owned and _torch.can_inspect(matrix)
     factors = kind.factor(matrix, owned=owned)
     if owned and factors[0].data_ptr() == matrix.data_ptr():
         matrix = matrix.new_full((), torch.nan).expand_as(matrix)  # its values are gone, and nobody needs them

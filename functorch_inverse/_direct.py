@@ -78,7 +78,8 @@ def _seen(problem: InverseProblem, which: int) -> _Seen:
     if last is not None and last.captured.reach is reach and (not reach.tensors or last.captured.captures_nothing_still()):
         return last
     seen = _Seen(Captured.of(sight, reach=reach), {})
-    if seen.captured.tensors:
+    # A parameter that is frozen now may be another one, or live, in the next call.
+    if seen.captured.tensors or reach.modules:
         problem.kept.pop(which, None)
     else:
         problem.kept[which] = seen

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
 from functorch_inverse._call import merge
 from functorch_inverse._capture import Captured
 from functorch_inverse._tree import Partition, Tree
+from functorch_inverse.errors import NoDerivativeError
 
 __all__ = ["Evidence"]
 
@@ -37,4 +38,18 @@ class Evidence:
         everything = self.y.join(merge(self.differentiable, y, theta[n:m]))
         self.captured.verify()
         with self.captured.running(theta[m:], (*y, *theta)):
-            return self.pick(self.f(everything, *self.args.join(theta[:n])))
+            try:
+                result = self.f(everything, *self.args.join(theta[:n]))
+            except RuntimeError as error:
+                if self.captured.loose and "INTERNAL ASSERT" in str(error):
+                    _refuse_hidden_argument(error)
+                raise
+            return self.pick(result)
+
+
+# torch.func looks at the arguments of a function below everything that can be watched from Python.
+def _refuse_hidden_argument(error: RuntimeError) -> NoReturn:
+    raise NoDerivativeError(
+        "f hands a live tensor that it closes over to a transform of torch.func as an argument, where it cannot be followed. "
+        "Hand it over as an argument of g and f, g(x, tensor) with f(y, tensor), or let the inner function close over it, too."
+    ) from error

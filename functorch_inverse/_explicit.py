@@ -53,6 +53,9 @@ class JacobianRule:
         push, pull = (vmapped(f, 0, theta_is_batched, randomness) for f in (self.push, self.pull))
         return replace(self, push=push, pull=pull)
 
+    def forget(self) -> None:
+        """Nothing is kept."""
+
     def vjp(self, y: Tensors, theta: Tensors, x: Sequence[Like], wanted: Sequence[int]) -> Pull:
         """J^T v; theta receives nothing, since x stands for itself."""
 

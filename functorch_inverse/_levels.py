@@ -55,7 +55,7 @@ class Task(Protocol):
 def run(task: Task, tensors: Tensors) -> tuple[Tensor, ...]:
     """The outputs of a task: open transforms that follow no tensor are taken off one by one, cheaper than by a Function."""
     found: Tensors
-    top = _torch.innermost()
+    top = _innermost()
     tensors, inner, dims, followed = _Peeled.of(tensors, top)
     if followed:
         return tuple(task.differentiable(tensors))
@@ -70,9 +70,19 @@ def run(task: Task, tensors: Tensors) -> tuple[Tensor, ...]:
     return _wrapped(found, places, top)
 
 
+def _innermost() -> Any:
+    top = _torch.innermost()
+    if top is not None and _torch.functionalizes(top):
+        raise NotImplementedError(
+            "a black box inside torch.func.functionalize: that has no rule for functions of one's own. Leave functionalize "
+            "out; f and g may change tensors of their own in place without it."
+        )
+    return top
+
+
 def sink(function: Callable[..., Tensors], *groups: Tensors) -> Tensors:
     """function(whether a plain graph will do, *groups of tensors), below all the open transforms that have no part in them."""
-    top, sizes = _torch.innermost(), [len(group) for group in groups]
+    top, sizes = _innermost(), [len(group) for group in groups]
     tensors, inner, dims, followed = _Peeled.of([t for group in groups for t in group], top)
     if followed or any(d is not None for d in dims):
         return function(False, *_split(tensors, sizes))

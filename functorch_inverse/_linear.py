@@ -41,6 +41,11 @@ class LinearSystem:
             self.vmapped[key] = LinearSystem(self.equation.batched(*key), self.solver)
         return self.vmapped[key]
 
+    def forget(self) -> None:
+        """Let go of what was found."""
+        self.last.clear()
+        self.vmapped.clear()
+
     @property
     def differentiates_itself(self) -> bool:
         """Whether a solve is differentiated like any other function: it may not be exact, or is but a division."""

@@ -57,6 +57,10 @@ class Rule(Protocol):
         """The tangents of y, from those of x and of some theta."""
         ...
 
+    def forget(self) -> None:
+        """Let go of what was kept for more derivatives."""
+        ...
+
     def reads_more(self, y: Tensors, theta: Tensors) -> bool:
         """Whether something else than y and theta would lose its derivative; asked while Dynamo traces."""
         ...
@@ -87,12 +91,19 @@ class ImplicitRule:
         """What is solved for the derivatives of all orders."""
         return LinearSystem(self.equation, self.linear_solver)
 
+    def forget(self) -> None:
+        """Let go of factors."""
+        if "system" in vars(self):
+            self.system.forget()
+
     def vjp(self, y: Tensors, theta: Tensors, x: Sequence[Like], wanted: Sequence[int]) -> Pull:
         """The map from cotangents v of y to what x and the wanted theta receive.
 
         x's part has the batch shape of y and the layout of `x`.
         """
         dtypes, y, theta = [theta[i].dtype for i in wanted], widen(y), widen(theta)
+        if _torch.plain():  # a saved output knows its node, which keeps what comes of this
+            y, theta = (tuple([t.detach() for t in part]) for part in (y, theta))
         layout = Layout.of(x, self.x_dims)
         if torch.compiler.is_dynamo_compiling() or self._is_first(y, theta):
             at = Linearised(self.equation, self.linear_solver, y, theta, layout, wanted)

@@ -58,7 +58,7 @@ Tensors: TypeAlias = tuple[Tensor, ...]
 __all__ = [
     "add_batch_dim", "alive", "at_current_level", "can_inspect", "can_record", "derivative_order", "dual_level_open",
     "fake_mode", "forward_levels", "forward_mode", "forward_mode_again", "forward_mode_available", "full_precision",
-    "function_mode_active", "graph_grad", "graph_is_kept", "has_history", "has_to_wait", "innermost", "is_followed",
+    "function_mode_active", "functionalizes", "graph_grad", "graph_is_kept", "has_history", "innermost", "is_followed",
     "is_legacy_batched", "is_live", "is_mapping", "is_open", "is_wrapped", "level", "mark", "no_functions",
     "no_torch_function", "peeled", "plain", "primal", "recording", "saved_tensors_have_hooks", "shapes_into",
     "traced_derivatives_possible", "traced_transforms", "transforms_active", "tree_leaves", "tree_map", "undisturbed",
@@ -210,9 +210,9 @@ def has_history(tensor: Tensor) -> bool:
         return is_wrapped(tensor) or tensor.grad_fn is not None
 
 
-def has_to_wait(tensor: Tensor) -> bool:
-    """Whether a look at the values stops Python until a device has computed them."""
-    return not tensor.is_cpu
+def functionalizes(transform: Any) -> bool:
+    """Whether a transform is torch.func.functionalize."""
+    return transform.key() == _functorch.TransformType.Functionalize
 
 
 def can_inspect(tensor: Tensor) -> bool:

@@ -136,8 +136,8 @@ def output(leaf: Any, like: Tensor | None, inputs: Sequence[Tensor]) -> Tensor:
     settled = like is None or (tensor.dtype is like.dtype and tensor.device == like.device)
     if like is not None and not settled and is_differentiable(tensor):
         tensor = tensor.to(device=like.device, dtype=same_precision(tensor.dtype, like.dtype))
-    # An input belongs to the caller.
-    return tensor.clone() if not array and _shares(tensor, inputs) else tensor
+    # An input belongs to the caller, and memory of another library may be written to by the next call of g.
+    return tensor.clone() if not array and (_is_lent(tensor) or _shares(tensor, inputs)) else tensor
 
 
 def _address(tensor: Tensor) -> int | None:
@@ -146,6 +146,14 @@ def _address(tensor: Tensor) -> int | None:
         return None
     plain = type(tensor) in PLAIN and tensor.layout is torch.strided and tensor.numel() > 0
     return tensor.untyped_storage().data_ptr() if plain else None
+
+
+def _is_lent(tensor: Tensor) -> bool:
+    """Whether the memory of a tensor is that of a NumPy array, say: torch cannot resize it."""
+    if torch.compiler.is_dynamo_compiling() or _torch.is_wrapped(tensor):
+        return False
+    plain = type(tensor) in PLAIN and tensor.layout is torch.strided
+    return plain and not tensor.untyped_storage().resizable()
 
 
 def _shares(tensor: Tensor, inputs: Sequence[Tensor]) -> bool:

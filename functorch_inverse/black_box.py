@@ -36,6 +36,9 @@ class _Unknown:
     def batched(self, theta_is_batched: Sequence[bool], randomness: str) -> "_Unknown":
         return self
 
+    def forget(self) -> None:
+        pass
+
     def vjp(self, y: Tensors, theta: Tensors, x: Sequence[Like], wanted: Sequence[int]) -> Any:
         self._refuse()
 

@@ -13,7 +13,7 @@ from functorch_inverse import _torch
 from functorch_inverse._chunks import check_chunk_size
 from functorch_inverse._dense import Matrix, factorised
 from functorch_inverse._lu import lu_of
-from functorch_inverse._singular import column_sizes, harmless, named, raise_if_singular, singular, suspect
+from functorch_inverse._singular import column_sizes, harmless, has_to_wait, named, raise_if_singular, singular, suspect
 from functorch_inverse.errors import SingularJacobianError, StructureError
 from functorch_inverse.operators import JacobianOperator
 
@@ -89,7 +89,7 @@ class LU(_Direct):
         """(LU, pivots) of A^T, which lies in memory as LAPACK wants it."""
         matrix = matrix.mT
         lu, pivots, sizes = lu_of(matrix, owned=owned)
-        at_hand = not _torch.has_to_wait(lu)
+        at_hand = not has_to_wait(lu)
         known = _torch.can_inspect(lu) and (at_hand or self.on_singular == "raise")
         if known and at_hand and sizes is None and harmless(matrix, lu):
             return lu, pivots

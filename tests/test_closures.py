@@ -721,3 +721,67 @@ def test_a_module_that_is_exchanged_after_the_forward():
     holder.m = torch.nn.Linear(3, 3, dtype=torch.float64)
     with pytest.raises(fi.NoDerivativeError, match="lost"):
         torch.autograd.grad(y.sum(), (weight, bias))
+
+
+def frozen(value=2.0):
+    module = torch.nn.Linear(1, 1, bias=False, dtype=torch.float64).requires_grad_(False)
+    module.weight.fill_(value)
+    g = lambda x: torch.asinh(x) / module.weight.detach()[0, 0]  # noqa: E731
+    return module, g, lambda y: torch.sinh(y * module.weight[0, 0])
+
+
+@pytest.mark.parametrize("event_dim", [0, 1, None])
+def test_a_frozen_parameter_that_thaws_between_two_calls(event_dim):
+    module, g, f = frozen()
+    h, x = fi.custom_inverse(g, f, event_dim=event_dim), X.clone().requires_grad_()
+    h(x).sum().backward()
+    module.requires_grad_(True)
+    assert h(X).requires_grad
+    exact = lambda x, w: torch.asinh(x) / w  # noqa: E731
+    want = torch.autograd.grad(exact(x, module.weight[0, 0]).sum(), (x, module.weight))
+    assert_close(torch.autograd.grad(h(x).sum(), (x, module.weight)), want)
+
+
+@pytest.mark.parametrize("event_dim", [0, 1, None])
+def test_a_frozen_parameter_under_functional_call_after_another_call(event_dim):
+    inner, g, f = frozen()
+
+    class Outer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.h = inner, fi.custom_inverse(g, f, event_dim=event_dim)
+
+        def forward(self, x):
+            return self.h(x)
+
+    outer, x, w = Outer(), X.clone().requires_grad_(), torch.tensor([[3.0]], dtype=torch.float64, requires_grad=True)
+    outer(x).sum().backward()
+    got = torch.autograd.grad(torch.func.functional_call(outer, {"inner.weight": w}, (x,)).sum(), (x, w))
+    assert_close(got, torch.autograd.grad((torch.asinh(x) / w[0, 0]).sum(), (x, w)))
+
+
+@pytest.mark.parametrize("event_dim", [0, 1, None])
+@pytest.mark.parametrize("change", ["in place", "another"])
+def test_a_frozen_parameter_changed_after_the_forward_is_an_error(event_dim, change):
+    module, g, f = frozen()
+    x = X.clone().requires_grad_()
+    y = fi.custom_inverse(g, f, event_dim=event_dim)(x)
+    if change == "in place":
+        module.weight.mul_(3)
+    else:
+        module.weight = torch.nn.Parameter(3 * module.weight, requires_grad=False)
+    with pytest.raises(fi.NoDerivativeError, match=r"changed in place|exchanged"):
+        torch.autograd.grad(y.sum(), x)
+
+
+def test_a_closure_as_argument_of_an_inner_transform_is_an_error():
+    """torch.func takes it up where nothing can be put in its place."""
+    potential = lambda y, c: (torch.cosh(c * y) / c).sum()  # noqa: E731
+
+    def h(x, c):
+        return fi.custom_inverse(lambda x: torch.asinh(x) / c, lambda y: grad(potential)(y, c), event_dim=1)(x)
+
+    c = torch.tensor(1.3, dtype=torch.float64)
+    for derivative in (lambda: grad(lambda c: h(X, c).sum())(c), lambda: jvp(lambda c: h(X, c).sum(), (c,), (c,))):
+        with pytest.raises(fi.NoDerivativeError, match="as an argument"):
+            derivative()

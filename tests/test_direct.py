@@ -1,6 +1,7 @@
 """One tensor to one tensor in plain autograd: the short way gives what the long way gives, and calls g once."""
 
 import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -100,6 +101,17 @@ def test_an_input_handed_back_is_copied(view):
     before = x.clone()
     y.mul_(2)
     assert_close(x, before)
+
+
+def test_memory_of_numpy_handed_back_is_copied():
+    """The next call of g may write to it."""
+    buffer = np.empty(3)
+    h = fi.custom_inverse(lambda x: torch.from_numpy(np.arcsinh(x.numpy(), out=buffer)), torch.sinh, event_dim=0)
+    x = torch.linspace(-1, 1, 3).double().requires_grad_()
+    y = h(x)
+    h(5 * x)
+    (got,) = torch.autograd.grad(y.sum(), x)
+    assert_close(got, (1 + x**2).rsqrt().detach())
 
 
 def test_an_argument_handed_back_is_copied():
@@ -251,3 +263,37 @@ def test_a_first_order_after_a_second():
     torch.autograd.grad(first.sum(), x, retain_graph=True)
     (again,) = torch.autograd.grad(z.sum(), x)
     assert_close(again, first.detach())
+
+
+def test_nothing_stays_when_the_graph_has_been_used():
+    """Though y lives on."""
+    h = fi.custom_inverse(lambda x: torch.asinh(x), lambda y: torch.sinh(y) + 0 * y.flip(-1), event_dim=1)
+
+    def large():
+        gc.collect()
+        return sum(type(t) is torch.Tensor and t.numel() >= 5 * 64**2 for t in gc.get_objects())
+
+    before, kept = large(), []
+    for _ in range(2):
+        x = torch.randn(5, 64, requires_grad=True)
+        y = h(x)
+        (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        first.sum().backward()
+        kept.append(y)
+        del first
+    assert large() == before
+
+
+@pytest.mark.parametrize("event_dim", [0, None, 1])
+def test_no_circles(event_dim):
+    """A graph that may be used again goes with its last output, not with the garbage collector."""
+    y = fi.custom_inverse(asinh, torch.sinh, event_dim=event_dim)(torch.randn(3, requires_grad=True))
+    gc.collect()
+    gc.disable()
+    try:
+        y.sum().backward(retain_graph=True)
+        node = weakref.ref(y.grad_fn)
+        del y
+        assert node() is None
+    finally:
+        gc.enable()

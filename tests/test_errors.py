@@ -404,6 +404,27 @@ def test_pivots_that_grow_hide_none_that_vanishes(n, dtype, on_singular):
             torch.testing.assert_close(M[i].T @ got[i], torch.ones(n, dtype=dtype), rtol=0, atol=rounding)
 
 
+DUPLICATES = {
+    "equal columns": lambda M: M[..., 0].copy_(M[..., -1]),
+    "equal rows": lambda M: M[..., 0, :].copy_(M[..., -1, :]),
+    "a column twice as large": lambda M: M[..., 0].copy_(2 * M[..., -1]),
+    "a column negated": lambda M: M[..., 1].copy_(-M[..., 0]),
+    "a column that is a sum": lambda M: M[..., -1].copy_(M[..., 0] + M[..., 1]),
+}
+
+
+@pytest.mark.parametrize("n", [3, 17, 24, 64])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", DUPLICATES)
+def test_an_f_that_duplicates_a_part_of_y_is_singular_everywhere(name, dtype, n):
+    """What a pattern of signs may cancel."""
+    M = torch.randn(200, n, n, dtype=dtype, generator=torch.Generator().manual_seed(n))
+    DUPLICATES[name](M)
+    h = fi.custom_inverse(lambda x: x, lambda y: (M @ y[..., None])[..., 0], event_dim=1)
+    with pytest.raises(fi.SingularJacobianError, match="200 of 200"):
+        h(torch.zeros(200, n, dtype=dtype, requires_grad=True)).sum().backward()
+
+
 @pytest.mark.parametrize("n", [8, 64, 256])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_where_values_cannot_be_looked_at_only_singular_matrices_are_nan(n, dtype):

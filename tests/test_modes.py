@@ -3,6 +3,9 @@
 import pytest
 import torch
 from helpers import RELATIVE_ERROR, assert_close, assert_close_to_exact, every_problem, live, loss, some_problems, total
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import functorch_inverse as fi
 
 
 @every_problem
@@ -92,3 +95,20 @@ def test_default_device_mode(problem):
             return _second(h, inputs)
 
     assert_close_to_exact(transform, problem)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("event_dim", [0, 1, None])
+def test_traced_by_make_fx(mode, event_dim):
+    h = fi.custom_inverse(torch.asinh, lambda y: torch.sinh(y) + 0 * y.sum(-1, keepdim=True), event_dim=event_dim)
+    x = torch.linspace(-1, 1, 20).double()
+    derivative = torch.func.grad(lambda x: h(x).sin().sum())
+    want = torch.func.grad(lambda x: torch.asinh(x).sin().sum())(x)
+    torch.testing.assert_close(make_fx(derivative, tracing_mode=mode)(x)(x), want)
+
+
+def test_functionalize_is_refused():
+    h, x = fi.custom_inverse(torch.asinh, torch.sinh, event_dim=0), torch.linspace(-1, 1, 3)
+    for call in (torch.func.functionalize(h), torch.vmap(torch.func.functionalize(h)), torch.func.functionalize(torch.vmap(h))):
+        with pytest.raises(NotImplementedError, match="functionalize"):
+            call(x)

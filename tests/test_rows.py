@@ -193,3 +193,32 @@ def test_small_vectors(n, batch, dtype):
     want = torch.linalg.solve(J.mT, v.to(wide).unsqueeze(-1)).squeeze(-1).to(dtype)
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+HOOKS = {
+    "shape": lambda g: g.reshape(-1, N).reshape(g.shape),
+    "view": lambda g: g.view(-1).view(g.shape),
+    "values": lambda g: torch.tensor(g.tolist(), dtype=g.dtype),
+    "text": lambda g: g if str(g) else None,
+    "kind": lambda g: {torch.Tensor: g}[type(g)],
+}
+
+
+@pytest.mark.parametrize("solver", [fi.LU(), fi.GMRES(), fi.Banded(N - 1, N - 1)])
+@pytest.mark.parametrize("name", HOOKS)
+def test_a_hook_may_look_at_what_it_is_given(name, solver):
+    """It sees a tensor like any other in the end."""
+    W = torch.randn(N, N, dtype=torch.float64) / N
+
+    def f(y, hook=None):
+        z = 2 * y
+        if hook and z.requires_grad:
+            z.register_hook(hook)
+        return z + torch.tanh(z @ W)
+
+    y = torch.randn(3, N, dtype=torch.float64)
+    x = f(y).requires_grad_()
+    h = fi.custom_inverse(lambda x: y.clone(), lambda y: f(y, HOOKS[name]), event_dim=1, linear_solver=solver)
+    (got,) = torch.autograd.grad(h(x).sum(), x)
+    J = torch.stack([torch.autograd.functional.jacobian(f, row) for row in y])
+    assert_close([got], [torch.linalg.solve(J.mT, torch.ones_like(y))], 1e-8)

@@ -8,7 +8,7 @@ from problems import VECTOR, vector_exact, vector_f, vector_g
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import functorch_inverse as fi
-from functorch_inverse import _torch
+from functorch_inverse import linear_solvers
 
 X, C, B = VECTOR.inputs()
 _aten = torch.ops.aten
@@ -51,7 +51,7 @@ def gradients(function, inputs):
 @pytest.mark.parametrize("batch", [1, 7, 400])
 def test_nothing_waits(case, batch, monkeypatch):
     """As on a GPU: the CPU, where a look is cheap, has short cuts."""
-    monkeypatch.setattr(_torch, "has_to_wait", lambda tensor: True)
+    monkeypatch.setattr(linear_solvers, "has_to_wait", lambda tensor: True)
     function, exact = CASES[case]
     inputs = leaves(batch)
     with NoLook():
@@ -60,7 +60,7 @@ def test_nothing_waits(case, batch, monkeypatch):
 
 
 def test_singular_samples_are_nan_without_a_look(monkeypatch):
-    monkeypatch.setattr(_torch, "has_to_wait", lambda tensor: True)
+    monkeypatch.setattr(linear_solvers, "has_to_wait", lambda tensor: True)
     M = torch.stack([torch.eye(2), torch.ones(2, 2), torch.diag(torch.tensor([1.0, torch.inf]))])
     solver = fi.LU(on_singular="nan")
     h = fi.custom_inverse(lambda x: x, lambda y: (M @ y[..., None])[..., 0], event_dim=1, linear_solver=solver)
@@ -73,7 +73,7 @@ def test_singular_samples_are_nan_without_a_look(monkeypatch):
 
 def test_an_error_needs_a_look(monkeypatch):
     """The test of this test: what is to be raised has to be known."""
-    monkeypatch.setattr(_torch, "has_to_wait", lambda tensor: True)
+    monkeypatch.setattr(linear_solvers, "has_to_wait", lambda tensor: True)
     inputs = leaves(7)
     with NoLook(), pytest.raises(AssertionError, match="waits for a value"):
         gradients(lambda *t: vectors(*t, solver="raise"), inputs)
