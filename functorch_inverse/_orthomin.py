@@ -18,8 +18,8 @@ from functorch_inverse._systems import Systems, dot, norm
 
 __all__ = ["Pair", "Standing", "contract", "fast"]
 
-# What a step may leave of a residual: to begin with, and later on.
-_ENTER, _LEAVE = 1 / 3, 1 / 2
+# What a step may leave of a residual.
+_PACE = 1 / 2
 
 
 class Pair(NamedTuple):
@@ -83,10 +83,10 @@ def _first(s: Systems, moving: Tensor) -> tuple[Tensor, Tensor]:
 # n steps of GMRES are enough for any system, so fewer than n must be in sight.
 def _promising(s: Systems, product: Tensor) -> Tensor:
     """Where a first step along A M r would leave little of r."""
-    pace = min(_ENTER, s.rtol ** (1 / product.shape[-1]))
+    pace = min(_PACE, s.rtol ** (1 / product.shape[-1]))
     return dot(product, s.r).abs().square() > (1 - pace**2) * dot(product, product).real * s.residual.square()
 
 
 def fast(size: Tensor, before: Tensor) -> Tensor:
     """Where the last step left little enough."""
-    return size <= _LEAVE * before
+    return size <= _PACE * before
