@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from functorch_inverse import _torch
+from functorch_inverse._stand_in import ELEMENTWISE, StandIn
 
 __all__ = ["Diagonals", "diagonals_of_graph"]
 
@@ -32,26 +33,17 @@ def diagonals_of_graph(output: Tensor, y: Tensor, most: int) -> Diagonals | None
     return found.parts if isinstance(found, _Shifted) else None
 
 
-class _Shifted(Tensor):
+class _Shifted(StandIn):
     """Cotangents of several shifts; torch sees the shape of one."""
 
     parts: Diagonals
     most: int
-    __torch_function__ = _torch.no_torch_function
 
     @staticmethod
     def __new__(cls: Any, shape: Any, parts: Diagonals, most: int) -> "_Shifted":
         self: _Shifted = _torch.wrapper(cls, shape, next(iter(parts.values())))
         self.parts, self.most = parts, most
         return self
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        rule = _RULES.get(func)
-        found = rule(func, args, kwargs or {}) if rule else None
-        if found is None:
-            raise NotImplementedError(f"no rule for diagonals of a Jacobian through {func}")
-        return found
 
 
 def _elementwise(func: Any, args: Any, kwargs: Any) -> _Shifted | None:
@@ -132,15 +124,8 @@ def _view(func: Any, args: Any, kwargs: Any) -> _Shifted | None:
     return _Shifted(cotangent.shape, cotangent.parts, cotangent.most) if tuple(shape) == cotangent.shape else None
 
 
-# Linear in one argument, element by element.
-_ELEMENTWISE = (
-    _aten.mul.Tensor, _aten.mul.Scalar, _aten.neg.default, _aten.detach.default, _aten.alias.default, _aten.clone.default,
-    _aten.tanh_backward.default, _aten.sigmoid_backward.default, _aten.threshold_backward.default,
-    _aten.gelu_backward.default, _aten.silu_backward.default, _aten.softplus_backward.default, _aten.elu_backward.default,
-    _aten.leaky_relu_backward.default, _aten.hardtanh_backward.default, _aten.log_sigmoid_backward.default,
-    _aten._to_copy.default,
-)  # fmt: skip
-_RULES = dict.fromkeys(_ELEMENTWISE, _elementwise) | {
+_MORE = {_aten.hardtanh_backward.default, _aten.log_sigmoid_backward.default, _aten._to_copy.default}
+_Shifted.rules = dict.fromkeys(ELEMENTWISE | _MORE, _elementwise) | {
     _aten.div.Tensor: _quotient,
     _aten.div.Scalar: _quotient,
     _aten.where.self: _chosen,

@@ -16,17 +16,11 @@ import torch
 from torch import Tensor
 
 from functorch_inverse import _torch
+from functorch_inverse._stand_in import DIVISIONS, ELEMENTWISE, StandIn
 
-__all__ = ["DIVISIONS", "ELEMENTWISE", "jacobian_of_graph"]
+__all__ = ["jacobian_of_graph"]
 
 _aten = torch.ops.aten
-# Linear in one argument, element by element.
-ELEMENTWISE = {
-    _aten.mul.Tensor, _aten.mul.Scalar, _aten.div.Tensor, _aten.div.Scalar, _aten.neg.default, _aten.detach.default,
-    _aten.alias.default, _aten.clone.default, _aten.tanh_backward.default, _aten.sigmoid_backward.default,
-    _aten.threshold_backward.default, _aten.gelu_backward.default, _aten.silu_backward.default,
-    _aten.softplus_backward.default, _aten.elu_backward.default, _aten.leaky_relu_backward.default,
-}  # fmt: skip
 # Those that mix the numbers of a sample, as in couplings, permutations and sums: where their arguments name dims, and sizes.
 _MIXING: dict[Any, tuple[int | None, int | None]] = {
     _aten.slice.Tensor: (1, None), _aten.slice_backward.default: (2, 1), _aten.select.int: (1, None),
@@ -45,7 +39,6 @@ _BROADCASTING = {
 _SAME_WITH_MORE_DIMS = {
     _aten.bmm.default: torch.matmul, _aten.view.default: torch.reshape, _aten._unsafe_view.default: torch.reshape,
 }  # fmt: skip
-DIVISIONS = (_aten.div.Tensor, _aten.div.Scalar)
 
 
 def jacobian_of_graph(output: Tensor, y: Tensor, chunk: int) -> Tensor | None:
@@ -74,7 +67,7 @@ def _pulled(output: Tensor, y: Tensor, start: int, stop: int) -> Tensor:
     return found.matrix()
 
 
-class _Rows(Tensor):
+class _Rows(StandIn):
     """Cotangents for the rows of a window (start, stop); torch sees the shape of one.
 
     `dense` has the shape (*batch, rows, columns), `scale` (*batch, columns), where batch dims may be 1.
@@ -83,7 +76,6 @@ class _Rows(Tensor):
     window: tuple[int, int]
     dense: Tensor | None
     scale: Tensor | None
-    __torch_function__ = _torch.no_torch_function
 
     @staticmethod
     def __new__(cls: Any, shape: Any, window: tuple[int, int], dense: Tensor | None, scale: Tensor | None) -> "_Rows":
@@ -94,14 +86,10 @@ class _Rows(Tensor):
         return self
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        rule = _RULES.get(func)
-        found = rule(func, args, kwargs or {}) if rule else None
-        if found is None and func in _MIXING:
-            found = _mixed(func, args, kwargs or {})
-        if found is None:
-            raise NotImplementedError(f"no rule for rows of a Jacobian through {func}")
-        return found
+    def through(cls, func: Any, args: Any, kwargs: Any) -> Any:
+        """By its own rule, or with all rows as one tensor."""
+        found = super().through(func, args, kwargs)
+        return _mixed(func, args, kwargs) if found is None and func in _MIXING else found
 
     def own(self, numbers: Tensor) -> Tensor:
         """Of one number for each row of the Jacobian, along the last dim, those of these rows."""
@@ -258,7 +246,7 @@ def _squeezed(func: Any, args: Any, kwargs: Any) -> _Rows | None:
     return None if rows.ndim - 1 in gone else _view(func, (rows, shape), kwargs)
 
 
-_RULES = dict.fromkeys(ELEMENTWISE, _elementwise) | {
+_Rows.rules = dict.fromkeys(ELEMENTWISE, _elementwise) | {
     _aten.add.Tensor: _add,
     _aten.mm.default: _product,
     _aten.mv.default: _product_with_vector,

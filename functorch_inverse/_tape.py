@@ -9,14 +9,14 @@ so that a product costs what its formula costs, without the autograd engine; the
 It keeps a vector for each factor, as the graph does.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from functorch_inverse import _torch
-from functorch_inverse._rows import DIVISIONS, ELEMENTWISE
+from functorch_inverse._stand_in import DIVISIONS, ELEMENTWISE, StandIn
 
 __all__ = ["Tape", "tape_of_graph"]
 
@@ -119,26 +119,17 @@ def tape_of_graph(output: Tensor, y: Tensor) -> Tape | None:
     return Tape(steps, last.term) if isinstance(last, _Recorded) else None
 
 
-class _Recorded(Tensor):
+class _Recorded(StandIn):
     """The stand-in for a cotangent; torch sees its shape."""
 
     steps: list[Any]
     term: _Term
-    __torch_function__ = _torch.no_torch_function
 
     @staticmethod
     def __new__(cls: Any, like: Tensor, shape: Any, steps: list[Any], term: _Term) -> "_Recorded":
         self = _torch.wrapper(cls, shape, like)
         self.steps, self.term = steps, term
         return self
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        rule = _RULES.get(func)
-        found = rule(func, args, kwargs or {}) if rule else None
-        if found is None:
-            raise NotImplementedError(f"no rule for a cotangent through {func}")
-        return found
 
     def then(self, shape: Any, step: Any) -> "_Recorded":
         """What one more step gives."""
@@ -197,7 +188,7 @@ def _squeezed(func: Any, args: Any, kwargs: Any) -> _Recorded:
     return _view(func, (w, func(torch.empty(w.shape, device="meta"), dim).shape), kwargs)
 
 
-_RULES: dict[Any, Callable[[Any, Any, Any], _Recorded | None]] = {
+_Recorded.rules = {
     **dict.fromkeys(ELEMENTWISE, _elementwise),
     **dict.fromkeys((_aten.detach.default, _aten.alias.default, _aten.clone.default), _same),
     _aten.add.Tensor: _add,
