@@ -1,41 +1,45 @@
 """How a derivative is attached to values: the only module that knows how torch does it.
 
-Eager: one autograd.Function, which saves y as its output and does nothing until a derivative is asked
+Eager: one node of the graph, which saves y as its output and does nothing until a derivative is asked
 for. Under Dynamo, which drops the rules of a Function inside a transform, as an expression in the open graph
 that leaves the values as they are.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.overrides import handle_torch_function
 
 from functorch_inverse import _torch
 from functorch_inverse._composed import Tensors
-from functorch_inverse._levels import Dims, run, signed
+from functorch_inverse._levels import Dims, announced, followed, run
 from functorch_inverse._rules import Rule
+from functorch_inverse._transforms import alive
 from functorch_inverse._vectors import Like
 
 __all__ = ["attach", "attach_plainly"]
+
+Optional: TypeAlias = Sequence[Tensor | None]
 
 
 def attach(rule: Rule, y: Tensors, x: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
     """The values y with the derivatives of `rule` to x and theta."""
     if torch.compiler.is_dynamo_compiling():
         return _traced(rule, y, x, theta)
-    tensors = (*y, *x, *theta)
-    # Announced as a torch function, so that a rule inside another rule's f can be followed.
-    if _torch.function_mode_active():
-        return handle_torch_function(_apply, tensors, rule, len(y), len(x), tensors)
-    return _apply(rule, len(y), len(x), tensors)
+    found: tuple[Tensor, ...] = announced(_attached, (*y, *x, *theta), rule, len(y), len(x))
+    return found
+
+
+def _attached(tensors: Tensors, rule: Rule, n_y: int, n_x: int) -> tuple[Tensor, ...]:
+    return run(_Attachment(rule, n_y, n_x), tensors)
 
 
 def attach_plainly(rule: Rule, y: Tensor, x: Tensor, theta: Tensors) -> Tensor:
     """The same for one tensor, where it is known that nothing but plain autograd takes part."""
-    return _Plain.apply(rule, 1, 1, y, x, *theta)[0]
+    return followed(_Attachment(rule, 1, 1), None, (), tuple([alive(t) for t in (y, x, *theta)]))[0]
 
 
 def _traced(rule: Rule, y: Tensors, x: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
@@ -71,12 +75,6 @@ class _Once(Function):
         return (None, None, None, None, *[None] * ctx.n_y, *own, *grads)
 
 
-def _apply(rule: Rule, n_y: int, n_x: int, tensors: Tensors) -> tuple[Tensor, ...]:
-    if _torch.transforms_active():
-        return run(_Attachment(rule, n_y, n_x), tensors)
-    return _Plain.apply(rule, n_y, n_x, *tensors)
-
-
 @dataclass(frozen=True, eq=False)
 class _Attachment:
     """y with its derivatives, of tensors (*y, *x, *theta)."""
@@ -85,12 +83,11 @@ class _Attachment:
     n_y: int
     n_x: int
 
-    def differentiable(self, tensors: Tensors) -> Tensors:
-        function = _Attach if _torch.transforms_active() else _Plain
-        return function.apply(self.rule, self.n_y, self.n_x, *tensors)
+    def itself(self, tensors: Tensors) -> None:
+        """The rule knows the derivative."""
 
     def values(self, tensors: Tensors) -> Tensors:
-        return tensors[: self.n_y]
+        return tuple([t.detach() for t in tensors[: self.n_y]])
 
     def mapped(self, dims: Dims, size: int, randomness: str, tensors: Tensors) -> tuple[Tensors, Dims]:
         n = self.n_y + self.n_x
@@ -101,78 +98,43 @@ class _Attachment:
         batched = self.rule.batched([d is not None for d in dims[n:]], randomness)
         return run(replace(self, rule=batched), led), (0,) * self.n_y
 
+    def keep(self, ctx: Any, tensors: Tensors, output: Tensors) -> None:
+        """What the derivatives will need."""
+        first, after = self.n_y, self.n_y + self.n_x
+        ctx.kept = (None, None)
+        ctx.x = [Like(t.shape, t.dtype) for t in tensors[first:after]]
+        # y is saved as an output: its own dependence on x and theta gives the higher orders.
+        saved = (*output, *tensors[after:])
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
 
-def _keep(ctx: Any, rule: Rule, n_y: int, n_x: int, tensors: Tensors, output: Tensors) -> None:
-    """What the derivatives will need."""
-    ctx.rule, ctx.n_y, ctx.n_x, ctx.kept = rule, n_y, n_x, (None, None)
-    ctx.x = [Like(t.shape, t.dtype) for t in tensors[n_y : n_y + n_x]]
-    # y is saved as an output: its own dependence on x and theta gives the higher orders.
-    saved = (*output, *tensors[n_y + n_x :])
-    ctx.save_for_backward(*saved)
-    ctx.save_for_forward(*saved)
-    ctx.set_materialize_grads(False)
-
-
-class _Attach(Function):
-    @staticmethod
-    @signed
-    def forward(rule: Rule, n_y: int, n_x: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(t.detach() for t in tensors[:n_y])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        rule, n_y, n_x, *tensors = inputs
-        _keep(ctx, rule, n_y, n_x, tensors, output)
-
-    @staticmethod
-    def backward(ctx: Any, *v: Tensor | None) -> tuple[Tensor | None, ...]:
-        needed, first = ctx.needs_input_grad, 3 + ctx.n_y
-        nothing: list[Tensor | None] = [None] * len(needed)
-        if all(c is None for c in v):
-            return tuple(nothing)
-        saved, after = ctx.saved_tensors, first + ctx.n_x
-        y, theta = saved[: ctx.n_y], saved[ctx.n_y :]
+    def backward(self, ctx: Any, needed: Sequence[bool], v: Optional) -> Optional:
+        saved, first, after = ctx.saved_tensors, self.n_y, self.n_y + self.n_x
+        y, theta = saved[:first], saved[first:]
         wanted = [i for i, flag in enumerate(needed[after:]) if flag]
         plain = _torch.plain()
         with _torch.full_precision(y[0]):
-            pull = ctx.kept[1] if plain and ctx.kept[0] == wanted else ctx.rule.vjp(y, theta, ctx.x, wanted)
+            pull = ctx.kept[1] if plain and ctx.kept[0] == wanted else self.rule.vjp(y, theta, ctx.x, wanted)
             u, received = pull(v)
         # The factors serve the next backward of this node, and go with the graph.
         kept = _torch.graph_is_kept()
         ctx.kept = (wanted, pull) if plain and kept else (None, None)
         if not kept:
-            ctx.rule.forget()
+            self.rule.forget()
+        grads: list[Tensor | None] = [None] * len(needed)
         for i, (t, like) in enumerate(zip(u, ctx.x, strict=True), first):
             if needed[i]:
-                nothing[i] = t.to(like.dtype)
+                grads[i] = t.to(like.dtype)
         for i, t in zip(wanted, received, strict=True):
-            nothing[after + i] = t
-        return tuple(nothing)
+            grads[after + i] = t
+        return grads
 
-    @staticmethod
-    def jvp(ctx: Any, _rule: None, _n_y: None, _n_x: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        with _torch.forward_mode_again():
-            saved: list[Any] = [_torch.primal(t) for t in ctx.saved_tensors]
-            moved = [_torch.primal(t) for t in tangents[ctx.n_y :]]
-            if all(t is None for t in moved):
-                return (None,) * ctx.n_y
-            y, theta = saved[: ctx.n_y], saved[ctx.n_y :]
-            sizes = zip(moved, ctx.x, strict=False)
-            dx = [y[0].new_zeros(shape, dtype=dtype) if t is None else t for t, (shape, dtype) in sizes]
-            return ctx.rule.jvp(y, theta, dx, moved[ctx.n_x :])
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Dims, rule: Rule, n_y: int, n_x: int, *tensors: Tensor) -> tuple[Tensors, Dims]:
-        return _Attachment(rule, n_y, n_x).mapped(in_dims[3:], info.batch_size, info.randomness, tensors)
-
-
-class _Plain(Function):
-    """The same where no transform is open: without `setup_context` torch calls it in half the time."""
-
-    @staticmethod
-    def forward(ctx: Any, rule: Rule, n_y: int, n_x: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        output = tuple([t.detach() for t in tensors[:n_y]])
-        _keep(ctx, rule, n_y, n_x, tensors, output)
-        return output
-
-    backward, jvp = staticmethod(_Attach.backward), staticmethod(_Attach.jvp)
+    def jvp(self, ctx: Any, tangents: Optional) -> Optional:
+        saved: list[Any] = [_torch.primal(t) for t in ctx.saved_tensors]
+        moved = [_torch.primal(t) for t in tangents[self.n_y :]]
+        if all(t is None for t in moved):
+            return (None,) * self.n_y
+        y, theta = saved[: self.n_y], saved[self.n_y :]
+        sizes = zip(moved, ctx.x, strict=False)
+        dx = [y[0].new_zeros(shape, dtype=dtype) if t is None else t for t, (shape, dtype) in sizes]
+        return self.rule.jvp(y, theta, dx, moved[self.n_x :])

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function
 
 from functorch_inverse import _torch
-from functorch_inverse._levels import Dims, run
+from functorch_inverse._levels import Dims, announced, run
 from functorch_inverse._values import BlackBox, refuse_empty
 from functorch_inverse.errors import StructureError
 
@@ -22,13 +21,11 @@ def evaluate(box: BlackBox, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         given = (*(t.detach() for t in tensors[: box.blind]), *tensors[box.blind :])
         return box.unpack(box.call(given), given)
     plain = tuple(t.detach() for t in tensors)
-    # Announced as a torch function, so that a rule inside another rule's f can be followed.
-    if _torch.function_mode_active():
-        return handle_torch_function(_evaluate, plain, box, plain)
-    return _evaluate(box, plain)
+    found: tuple[Tensor, ...] = announced(_evaluate, plain, box)
+    return found
 
 
-def _evaluate(box: BlackBox, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _evaluate(tensors: Sequence[Tensor], box: BlackBox) -> tuple[Tensor, ...]:
     return _values(box, tensors) if _torch.transforms_active() else box(*tensors)
 
 
@@ -42,7 +39,7 @@ class _Evaluation:
 
     box: BlackBox
 
-    def differentiable(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    def itself(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         return self.values(tensors)
 
     def values(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:

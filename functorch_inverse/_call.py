@@ -13,6 +13,7 @@ from functorch_inverse._batching import evaluate
 from functorch_inverse._capture import Captured, standing_for, watch
 from functorch_inverse._rules import poisoned
 from functorch_inverse._sight import Sight
+from functorch_inverse._transforms import is_live, is_open
 from functorch_inverse._tree import Partition, Tree, event_dims, is_differentiable, prefix_values
 from functorch_inverse._values import BlackBox, Loop, Outcome, VmapMethod
 from functorch_inverse.errors import NoDerivativeError
@@ -141,7 +142,7 @@ def _traced(problem: Problem, given: Given) -> Tree:
 
 def live(tensors: Tensors) -> bool:
     """Whether a derivative flows through any of the tensors."""
-    return bool(tensors) and any(is_differentiable(t) and _torch.is_live(t) for t in tensors)
+    return bool(tensors) and any(is_differentiable(t) and is_live(t) for t in tensors)
 
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -150,8 +151,8 @@ _HALF = (torch.float16, torch.bfloat16)
 def _wanted(given: Given) -> Callable[[Tensor], bool]:
     """Which captured tensors become inputs; in half precision all, since f runs in float32."""
     if given.like is None or given.like.dtype not in _HALF:
-        return _torch.is_open
-    return lambda t: t.dtype in _HALF or _torch.is_open(t)
+        return is_open
+    return lambda t: t.dtype in _HALF or is_open(t)
 
 
 def _watched(problem: Problem, given: Given, values: "Values", captured: Captured) -> list[Tensor]:

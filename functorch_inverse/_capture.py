@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from functorch_inverse import _torch
 from functorch_inverse._reach import Reach, Slots, slots_of
 from functorch_inverse._sight import Sight
+from functorch_inverse._transforms import has_history, is_live, is_open
 from functorch_inverse.errors import NoDerivativeError
 
 __all__ = ["Captured", "standing_for", "watch"]
@@ -78,7 +79,7 @@ class Captured:
     tensors: tuple[Tensor, ...] = ()
 
     @classmethod
-    def of(cls, sight: Sight, wanted: Callable[[Tensor], bool] = _torch.is_open, reach: Reach | None = None) -> "Captured":
+    def of(cls, sight: Sight, wanted: Callable[[Tensor], bool] = is_open, reach: Reach | None = None) -> "Captured":
         """The wanted tensors that some functions reach; `reach` where that is known."""
         reach = reach or sight.reach()
         if not (reach.modules or reach.tensors):
@@ -95,7 +96,7 @@ class Captured:
             return id(tensor) not in known and (meant is not tensor or wanted(meant))
 
         loose = tuple(t for t in reach.tensors if explicit(t))
-        if any(map(_torch.has_history, loose)):
+        if any(map(has_history, loose)):
             sight.forget()
         return cls(
             sight=sight,
@@ -146,7 +147,7 @@ class Captured:
     def captures_nothing_still(self) -> bool:
         """Whether what was reached has neither been changed in place nor got a derivative."""
         reached = self.reach.tensors if self.reach else ()
-        return not reached or (not any(map(_torch.is_open, reached)) and tuple(map(_version, reached)) == self.versions)
+        return not reached or (not any(map(is_open, reached)) and tuple(map(_version, reached)) == self.versions)
 
     def verify(self) -> None:
         """NoDerivativeError where the functions read something else than when this was captured."""
@@ -155,7 +156,7 @@ class Captured:
         reach = self.sight.reach()
         if reach is not self.reach:
             _compare(self.reach, reach)
-        if any(map(_torch.has_history, self.loose)):
+        if any(map(has_history, self.loose)):
             self.sight.forget()
         if not (self.versions or self.frozen):
             return
@@ -180,7 +181,7 @@ def _compare(then: Reach, now: Reach) -> None:
     before, after = ({id(t): t for t in (*reach.modules, *reach.tensors)} for reach in (then, now))
     new = [found for key, found in after.items() if key not in before]
     lost = new and not before.keys() <= after.keys()
-    if lost or any(isinstance(t, Tensor) and _torch.is_open(standing_for(t)) for t in new):
+    if lost or any(isinstance(t, Tensor) and is_open(standing_for(t)) for t in new):
         _refuse_exchanged("exchanged")
 
 
@@ -258,7 +259,7 @@ class _Substitute(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         for tensor in _tensors_in(args, kwargs):
             # -2 is a level that f itself opened and closed again.
-            if -2 < _torch.level(tensor) < self.level and id(tensor) not in self.made and _torch.is_live(tensor):
+            if -2 < _torch.level(tensor) < self.level and id(tensor) not in self.made and is_live(tensor):
                 raise NoDerivativeError(
                     f"f read a live tensor of shape {tuple(tensor.shape)} that nobody could see when g was called, so its "
                     "derivative would be lost. Hand it over as an argument: g(x, tensor) with f(y, tensor)."
@@ -284,7 +285,7 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in _tensors_in(args, kwargs):
-            if id(tensor) not in self.made and _torch.is_open(tensor):
+            if id(tensor) not in self.made and is_open(tensor):
                 self.read[id(tensor)] = tensor
         result = func(*args, **(kwargs or {}))
         self.made.update((id(t), t) for t in _tensors_in(result))

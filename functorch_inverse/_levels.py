@@ -7,12 +7,16 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.overrides import handle_torch_function
 
 from functorch_inverse import _torch
+from functorch_inverse._transforms import Transform, alive, innermost, is_followed, peeled
 
-__all__ = ["Dims", "Task", "memory_of", "run", "signed", "sink"]
+__all__ = ["Dims", "Task", "announced", "followed", "memory_of", "run", "signed", "sink"]
 
 Tensors: TypeAlias = Sequence[Tensor]
+Optional: TypeAlias = Sequence[Tensor | None]
 Dims: TypeAlias = Sequence[int | None]
 
 
@@ -28,19 +32,20 @@ class _Peeled(NamedTuple):
     followed: bool
 
     @staticmethod
-    def of(tensors: Tensors, transform: Any) -> "_Peeled":
+    def of(tensors: Tensors, transform: Transform | None) -> "_Peeled":
         with _torch.no_functions():  # a mode would answer for what stands in for a tensor
-            tensors = [_torch.alive(t) for t in tensors]
-            pairs = [_torch.peeled(t, transform) for t in tensors]
-            followed = any(_torch.is_followed(t, transform) for t in tensors)
+            tensors = [alive(t) for t in tensors]
+            pairs = [peeled(t, transform) for t in tensors]
+            maps = transform is not None and transform.maps
+            followed = not maps and any(is_followed(t, transform) for t in tensors)
         return _Peeled(tensors, [t for t, _ in pairs], [d for _, d in pairs], followed)
 
 
 class Task(Protocol):
     """What is computed of some tensors, whatever is open."""
 
-    def differentiable(self, tensors: Tensors) -> Tensors:
-        """The outputs, for transforms of which the innermost follows some of the tensors."""
+    def itself(self, tensors: Tensors) -> Tensors | None:
+        """The outputs by operations that everybody can differentiate; None where `backward` and `jvp` are to be asked."""
         ...
 
     def values(self, tensors: Tensors) -> Tensors:
@@ -51,28 +56,101 @@ class Task(Protocol):
         """The outputs beneath a vmap, and where they have its dim."""
         ...
 
+    def keep(self, ctx: Any, tensors: Tensors, output: Tensors) -> None:
+        """Save what the derivatives of one level will need."""
+        ...
+
+    def backward(self, ctx: Any, needed: Sequence[bool], v: Optional) -> Optional:
+        """What the tensors receive, where they need it."""
+        ...
+
+    def jvp(self, ctx: Any, tangents: Optional) -> Optional:
+        """The tangents of the outputs."""
+        ...
+
 
 def run(task: Task, tensors: Tensors) -> tuple[Tensor, ...]:
-    """The outputs of a task: open transforms that follow no tensor are taken off one by one, cheaper than by a Function."""
-    found: Tensors
-    top = _innermost()
-    tensors, inner, dims, followed = _Peeled.of(tensors, top)
-    if followed:
-        return tuple(task.differentiable(tensors))
+    """The outputs of a task: open transforms are taken off one by one, cheaper than torch does it."""
+    top = _understood()
+    tensors, inner, dims, is_followed = _Peeled.of(tensors, top)
+    if is_followed:
+        itself = task.itself(tensors)
+        return followed(task, top, inner, tensors) if itself is None else tuple(itself)
     if top is None:
         with torch.no_grad(), _torch.forward_mode(False):
             return tuple(task.values(inner))
-    with top.lower():
-        if all(d is None for d in dims):
-            found, places = run(task, inner), None
+    return _beneath(task, top, inner, dims)
+
+
+def _beneath(task: Task, top: Transform, inner: Tensors, dims: Dims) -> tuple[Tensor, ...]:
+    """The outputs by what is beneath the innermost transform."""
+    found: Tensors
+    places: Dims | None = None
+    with top.lowered():
+        if not top.maps or all(d is None for d in dims):
+            found = run(task, inner)
         else:
-            found, places = task.mapped(dims, top.batch_size(), top.randomness(), inner)
+            found, places = task.mapped(dims, top.batch_size, top.randomness, inner)
     return _wrapped(found, places, top)
 
 
-def _innermost() -> Any:
-    top = _torch.innermost()
-    if top is not None and _torch.functionalizes(top):
+def followed(task: Task, top: Transform | None, inner: Tensors, tensors: Tensors) -> tuple[Tensor, ...]:
+    """The outputs, with their derivatives for the innermost transform, or for plain autograd."""
+    if top is None:
+        return _apply(task, None, (), *tensors)
+    before = _torch.single_level_allowed()
+    _torch.allow_single_level(True)
+    try:
+        return _apply(task, top, inner, *tensors)
+    finally:
+        _torch.allow_single_level(before)
+
+
+class _Followed(Function):
+    """A task at one level. For torch.func, torch would make such a class at every call and at every level.
+
+    Without `setup_context`, torch calls it in half the time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, task: Task, top: Transform | None, inner: Tensors, *tensors: Tensor) -> Tensors:
+        if top is None:
+            output = tuple(task.values(tensors))
+        else:
+            with torch.enable_grad(), _torch.forward_mode(True):
+                output = _beneath(task, top, inner, ())
+        ctx.task = task
+        task.keep(ctx, tensors, output)
+        ctx.set_materialize_grads(False)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *v: Tensor | None) -> Optional:
+        needed = ctx.needs_input_grad[3:]
+        if all(c is None for c in v):
+            return (None,) * len(ctx.needs_input_grad)
+        return (None, None, None, *ctx.task.backward(ctx, needed, v))
+
+    @staticmethod
+    def jvp(ctx: Any, _task: None, _top: None, _inner: None, *tangents: Tensor | None) -> Optional:
+        with _torch.forward_mode_again():
+            return tuple(ctx.task.jvp(ctx, tangents))
+
+
+# What `Function.apply` does before, it does for other classes.
+_apply: Callable[..., tuple[Tensor, ...]] = super(Function, _Followed).apply
+
+
+def announced(function: Callable[..., Any], tensors: Tensors, *args: Any) -> Any:
+    """function(tensors, *args), announced as a torch function, so that a rule inside another rule's f can be followed."""
+    if not _torch.function_mode_active():
+        return function(tensors, *args)
+    return handle_torch_function(announced, tensors, function, tensors, *args)
+
+
+def _understood() -> Transform | None:
+    top = innermost()
+    if top is not None and top.functionalizes:
         raise NotImplementedError(
             "a black box inside torch.func.functionalize: that has no rule for functions of one's own. Leave functionalize "
             "out; f and g may change tensors of their own in place without it."
@@ -82,14 +160,14 @@ def _innermost() -> Any:
 
 def sink(function: Callable[..., Tensors], *groups: Tensors) -> Tensors:
     """function(whether a plain graph will do, *groups of tensors), below all the open transforms that have no part in them."""
-    top, sizes = _innermost(), [len(group) for group in groups]
-    tensors, inner, dims, followed = _Peeled.of([t for group in groups for t in group], top)
-    if followed or any(d is not None for d in dims):
+    top, sizes = _understood(), [len(group) for group in groups]
+    tensors, inner, dims, is_followed = _Peeled.of([t for group in groups for t in group], top)
+    if is_followed or any(d is not None for d in dims):
         return function(False, *_split(tensors, sizes))
     if top is None:
         with torch.no_grad(), _torch.forward_mode(False):
             return function(_torch.can_record(), *_split(inner, sizes))
-    with top.lower():
+    with top.lowered():
         found = sink(function, *_split(inner, sizes))
     return _wrapped(found, None, top)
 
@@ -99,10 +177,10 @@ def _split(tensors: list[Tensor], sizes: Sequence[int]) -> list[list[Tensor]]:
     return [list(itertools.islice(rest, size)) for size in sizes]
 
 
-def _wrapped(tensors: Tensors, dims: Dims | None, transform: Any) -> tuple[Tensor, ...]:
+def _wrapped(tensors: Tensors, dims: Dims | None, transform: Transform) -> tuple[Tensor, ...]:
     """Tensors from beneath a transform as they are inside of it; where it is a vmap, `dims` are what it maps."""
-    now = transform.level()
-    if not _torch.is_mapping(transform):
+    now = transform.level
+    if not transform.maps:
         return tuple([_torch.wrap_for_grad(t, now) for t in tensors])
     if dims is None:
         return tuple(tensors)

@@ -24,6 +24,7 @@ from functorch_inverse import _torch
 from functorch_inverse._composed import Tensors
 from functorch_inverse._linear import Linearised, LinearSystem
 from functorch_inverse._solve import solve
+from functorch_inverse._transforms import is_live
 from functorch_inverse._vectors import Layout, Like
 from functorch_inverse.linear_solvers import LinearSolver
 from functorch_inverse.operators import Equation
@@ -118,7 +119,7 @@ class ImplicitRule:
         """Whether f is to be evaluated here and now: by values for one order, or with operations to be differentiated."""
         if _torch.plain():
             return not self.system.last
-        return self.system.differentiates_itself and any(map(_torch.is_live, (*y, *theta)))
+        return self.system.differentiates_itself and any(map(is_live, (*y, *theta)))
 
     def jvp(self, y: Tensors, theta: Tensors, dx: Tensors, dtheta: Optional) -> tuple[Tensor, ...]:
         """The tangents of y."""

@@ -13,12 +13,12 @@ from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from functorch_inverse import _torch
 from functorch_inverse._composed import Tensors, change_of_push, mixed
-from functorch_inverse._levels import Dims, run, signed, sink
+from functorch_inverse._levels import Dims, announced, run, sink
 from functorch_inverse._linear import Linearised, LinearSystem, each_column
+from functorch_inverse._transforms import alive
 from functorch_inverse._vectors import Layout
 
 __all__ = ["solve"]
@@ -28,7 +28,12 @@ Optional: TypeAlias = Sequence[Tensor | None]
 
 def solve(system: LinearSystem, b: Tensors, y: Tensors, theta: Tensors, x: Layout, *, transpose: bool) -> Tensors:
     """u (as y) with A u = b, or u (as f(y)) with A^T u = b; `x` describes what f should return."""
-    return run(_Task(system, x, transpose, len(b), len(y), 0), (*b, *y, *theta))
+    found: tuple[Tensor, ...] = announced(_solved, (*b, *y, *theta), _Task(system, x, transpose, len(b), len(y), 0))
+    return found
+
+
+def _solved(tensors: Tensors, task: "_Task") -> tuple[Tensor, ...]:
+    return run(task, tensors)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,10 +47,10 @@ class _Task:
     n_y: int
     columns: int
 
-    def differentiable(self, tensors: Tensors) -> tuple[Tensor, ...]:
-        """u, with all its derivatives."""
+    def itself(self, tensors: Tensors) -> Tensors | None:
+        """u, where its derivatives are those of the operations that find it."""
         if not self.system.differentiates_itself:
-            return (_Solve if _torch.transforms_active() else _PlainSolve).apply(self, *tensors)
+            return None
         y, theta = self.point(tensors)
         at = Linearised(self.system.equation, self.system.solver, y, theta, self.x)
         return at.solve(tensors[: self.n_b], transpose=self.transpose, columns=self.columns)
@@ -74,76 +79,45 @@ class _Task:
         u = run(task, (*b, *y, *theta))
         return u, (place,) * len(u)
 
+    def keep(self, ctx: Any, tensors: Tensors, output: Tensors) -> None:
+        """u and the point."""
+        ctx.n_u, ctx.b_kinds = len(output), [(t.shape, t.dtype) for t in tensors[: self.n_b]]
+        saved = (*output, *tensors[self.n_b :])
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+
+    def backward(self, ctx: Any, needed: Sequence[bool], g: Optional) -> Optional:
+        """What b and the point receive."""
+        saved = [alive(t) for t in ctx.saved_tensors]
+        u, point = saved[: ctx.n_u], saved[ctx.n_u :]
+        cotangents = [torch.zeros_like(t) if c is None else c for t, c in zip(u, g, strict=True)]
+        wanted = [i for i in range(len(point)) if needed[self.n_b + i]]
+        with _torch.full_precision(u[0]):
+            w = run(replace(self, transpose=not self.transpose, n_b=ctx.n_u), (*cotangents, *point))
+            inner, outer = (u, w) if self.transpose else (w, u)
+            moved = _pairing(self, point, inner, outer, wanted) if wanted else ()
+        grads: list[Tensor | None] = [*w, *[None] * len(point)]
+        for i, t in zip(wanted, moved, strict=True):
+            grads[self.n_b + i] = -t
+        return grads
+
+    def jvp(self, ctx: Any, tangents: Optional) -> Optional:
+        """du, as b and the point move."""
+        saved = cast(list[Tensor], [_torch.primal(alive(t)) for t in ctx.saved_tensors])
+        u, point = saved[: ctx.n_u], saved[ctx.n_u :]
+        given, moved = ([_torch.primal(t) for t in part] for part in (tangents[: self.n_b], tangents[self.n_b :]))
+        if all(t is None for t in (*given, *moved)):
+            return (None,) * ctx.n_u
+        db = [u[0].new_zeros(s, dtype=k) if t is None else t for t, (s, k) in zip(given, ctx.b_kinds, strict=True)]
+        with _torch.full_precision(u[0]):
+            if any(t is not None for t in moved):
+                db = [d - c for d, c in zip(db, _change(self, point, u, moved), strict=True)]
+            return run(self, (*db, *point))
+
 
 def _at(place: int, t: Tensor, dim: int | None, size: int) -> Tensor:
     """A tensor with its mapped dim somewhere, or expanded there."""
     return t.unsqueeze(place).expand(*t.shape[:place], size, *t.shape[place:]) if dim is None else t.movedim(dim, place)
-
-
-class _Solve(Function):
-    """u with T u = b, for tensors (*b, *y, *theta)."""
-
-    @staticmethod
-    @signed
-    def forward(task: _Task, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return task.values(tensors)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.task, *tensors = inputs
-        saved = (*output, *tensors[ctx.task.n_b :])
-        ctx.n_u, ctx.b_kinds = len(output), [(t.shape, t.dtype) for t in tensors[: ctx.task.n_b]]
-        ctx.save_for_backward(*saved)
-        ctx.save_for_forward(*saved)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, *g: Tensor | None) -> tuple[Tensor | None, ...]:
-        nothing: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-        if all(t is None for t in g):
-            return tuple(nothing)
-        task, saved = ctx.task, [_torch.alive(t) for t in ctx.saved_tensors]
-        u, point, first = saved[: ctx.n_u], saved[ctx.n_u :], 1 + ctx.task.n_b
-        cotangents = [torch.zeros_like(t) if c is None else c for t, c in zip(u, g, strict=True)]
-        wanted = [i for i in range(len(point)) if ctx.needs_input_grad[first + i]]
-        with _torch.full_precision(u[0]):
-            w = run(replace(task, transpose=not task.transpose, n_b=ctx.n_u), (*cotangents, *point))
-            inner, outer = (u, w) if task.transpose else (w, u)
-            moved = _pairing(task, point, inner, outer, wanted) if wanted else ()
-        nothing[1:first] = w
-        for i, t in zip(wanted, moved, strict=True):
-            nothing[first + i] = -t
-        return tuple(nothing)
-
-    @staticmethod
-    def jvp(ctx: Any, _task: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        with _torch.forward_mode_again():
-            task, saved = ctx.task, cast(list[Tensor], [_torch.primal(_torch.alive(t)) for t in ctx.saved_tensors])
-            u, point = saved[: ctx.n_u], saved[ctx.n_u :]
-            given, moved = ([_torch.primal(t) for t in part] for part in (tangents[: task.n_b], tangents[task.n_b :]))
-            if all(t is None for t in (*given, *moved)):
-                return (None,) * ctx.n_u
-            db = [u[0].new_zeros(s, dtype=k) if t is None else t for t, (s, k) in zip(given, ctx.b_kinds, strict=True)]
-            with _torch.full_precision(u[0]):
-                if any(t is not None for t in moved):
-                    db = [d - c for d, c in zip(db, _change(task, point, u, moved), strict=True)]
-                return run(task, (*db, *point))
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Dims, task: _Task, *tensors: Tensor) -> tuple[Tensors, Dims]:
-        return task.mapped(in_dims[1:], info.batch_size, info.randomness, tensors)
-
-
-class _PlainSolve(Function):
-    """The same where no transform is open: without `setup_context` torch calls it in half the time."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output = _Solve.forward(*inputs)
-        _Solve.setup_context(ctx, inputs, output)
-        return output
-
-    backward, jvp = staticmethod(_Solve.backward), staticmethod(_Solve.jvp)
 
 
 def _pairing(task: _Task, point: Tensors, c: Tensors, along: Tensors, wanted: Sequence[int]) -> Tensors:

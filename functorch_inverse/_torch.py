@@ -34,10 +34,13 @@ try:
 
     # The level of torch.func.jvp: nested forward mode is wrong without the mend below.
     from torch._functorch import eager_transforms
-    from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+    from torch._functorch.pyfunctorch import coerce_cinterpreter as interpreter_in_python
 
     # Tensors without data, for what the user says of a result.
     from torch._subclasses.fake_tensor import FakeTensorMode
+
+    # forward_ad.unpack_dual, of which half the time goes into looking for torch.export.
+    from torch._VF import _unpack_dual  # type: ignore[attr-defined]
 
     # A small backward pass without the checks of torch.autograd.grad, which cost as much again.
     from torch.autograd.variable import Variable
@@ -56,19 +59,30 @@ except (ImportError, AttributeError) as error:
 Tensors: TypeAlias = tuple[Tensor, ...]
 
 __all__ = [
-    "add_batch_dim", "alive", "at_current_level", "can_inspect", "can_record", "derivative_order", "dual_level_open",
-    "fake_mode", "forward_levels", "forward_mode", "forward_mode_again", "forward_mode_available", "full_precision",
-    "function_mode_active", "functionalizes", "graph_grad", "graph_is_kept", "has_history", "innermost", "is_followed",
-    "is_legacy_batched", "is_live", "is_mapping", "is_open", "is_wrapped", "level", "mark", "no_functions",
-    "no_torch_function", "peeled", "plain", "primal", "recording", "saved_tensors_have_hooks", "shapes_into",
+    "GradInterpreter", "JvpInterpreter", "TransformType", "VmapInterpreter", "add_batch_dim", "allow_single_level",
+    "at_current_level", "batch_dim", "can_inspect", "can_record", "derivative_order", "dual_level_open", "fake_mode",
+    "forward_levels", "forward_mode", "forward_mode_again", "forward_mode_available", "full_precision",
+    "function_mode_active", "graph_grad", "graph_is_kept", "interpreter_in_python", "is_legacy_batched", "is_tracked",
+    "is_wrapped", "level", "mark", "no_functions", "no_torch_function", "peek_transform", "plain", "pop_transform",
+    "primal", "push_transform", "recording", "saved_tensors_have_hooks", "shapes_into", "single_level_allowed",
     "traced_derivatives_possible", "traced_transforms", "transforms_active", "tree_leaves", "tree_map", "undisturbed",
-    "wrap_for_grad", "wrapper",
+    "unwrapped", "wrap_for_grad", "wrapper",
 ]  # fmt: skip
 
 no_torch_function: Any = _disabled_torch_function_impl
 _run_backward: Any = Variable._execution_engine.run_backward
 is_wrapped = _functorch.is_functorch_wrapped_tensor
 add_batch_dim, wrap_for_grad = _functorch._add_batch_dim, _functorch._wrap_for_grad
+unwrapped, batch_dim = _functorch.get_unwrapped, _functorch.maybe_get_bdim
+# The open transforms, of which the innermost can be taken off for a while.
+peek_transform, pop_transform, push_transform = (
+    _functorch.peek_interpreter_stack, _functorch.pop_dynamic_layer_stack, _functorch.push_dynamic_layer_stack,
+)  # fmt: skip
+TransformType, VmapInterpreter = _functorch.TransformType, _functorch.CVmapInterpreterPtr
+GradInterpreter, JvpInterpreter = _functorch.CGradInterpreterPtr, _functorch.CJvpInterpreterPtr
+# A Function that speaks for one level alone may be applied while transforms are open; torch does so itself.
+single_level_allowed = _functorch.get_single_level_autograd_function_allowed
+allow_single_level = _functorch.set_single_level_autograd_function_allowed
 forward_mode = forward_ad._set_fwd_grad_enabled
 _NO_CONTEXT = nullcontext()
 
@@ -120,11 +134,12 @@ def level(tensor: Tensor) -> int:
     return _functorch.maybe_get_level(tensor) if is_wrapped(tensor) else -1
 
 
-def _tracked(tensor: Tensor) -> bool:
+def is_tracked(tensor: Tensor) -> bool:
+    """Whether plain autograd, or a tangent, follows a tensor at its own level."""
     if tensor.requires_grad and torch.is_grad_enabled():
         return True
     possible = forward_ad._current_level >= 0 and _is_fwd_grad_enabled()
-    return possible and forward_ad.unpack_dual(tensor, level=0).tangent is not None
+    return possible and _unpack_dual(tensor, level=0)[1] is not None
 
 
 def graph_grad(outputs: Tensors, inputs: Tensors, cotangents: Tensors) -> Tensors:
@@ -138,55 +153,6 @@ def shapes_into(node: Any) -> list[Any]:
     return [taken.shape for taken in getattr(node, "_input_metadata", ())]
 
 
-def is_live(tensor: Tensor) -> bool:
-    """Whether a derivative of any open level flows through a tensor."""
-    with no_functions():  # a mode would answer for what stands in for the tensor
-        return _is_live(tensor)
-
-
-def _is_live(tensor: Tensor) -> bool:
-    if forward_ad._current_level < 0 and not is_wrapped(tensor):
-        return tensor.requires_grad and torch.is_grad_enabled()
-    # Tangents show only at their own level: step down through the open transforms to it.
-    top, tensor = innermost(), alive(tensor)
-    if top is None or is_followed(tensor, top):
-        return is_followed(tensor, top)
-    with top.lower():
-        return _is_live(peeled(tensor, top)[0])
-
-
-def innermost() -> Any:
-    """The innermost open transform, or None."""
-    return retrieve_current_functorch_interpreter() if _are_functorch_transforms_active() else None
-
-
-def is_mapping(transform: Any) -> bool:
-    """Whether a transform is a vmap."""
-    return transform.key() == _functorch.TransformType.Vmap
-
-
-def is_followed(tensor: Tensor, transform: Any) -> bool:
-    """Whether a derivative of this innermost transform, or of plain autograd where it is None, flows through a tensor."""
-    if transform is not None and (level(tensor) != transform.level() or is_mapping(transform)):
-        return False
-    return _tracked(tensor)
-
-
-def alive(tensor: Tensor) -> Tensor:
-    """A tensor without what transforms that are closed left around it."""
-    while level(tensor) < -1:
-        tensor = _functorch.get_unwrapped(tensor)
-    return tensor
-
-
-def peeled(tensor: Tensor, transform: Any) -> tuple[Tensor, int | None]:
-    """A tensor without what this innermost transform put around it, and the dim that it maps."""
-    if transform is None or level(tensor) != transform.level():
-        return tensor, None
-    dim = _functorch.maybe_get_bdim(tensor) if is_mapping(transform) else None
-    return _functorch.get_unwrapped(tensor), dim
-
-
 def can_record() -> bool:
     """Whether there can be a graph: not in inference mode, of which torch.func.jvp hides all other signs."""
     return not _dispatch_tls_is_dispatch_key_excluded(DispatchKey.AutogradFunctionality)
@@ -196,23 +162,6 @@ def mark(tensor: Tensor) -> Any:
     """What stays the same while nobody writes to a tensor, or frees it; None where nobody can tell."""
     known = can_inspect(tensor) and not tensor.is_inference()
     return (tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride(), tensor.dtype) if known else None
-
-
-def is_open(tensor: Tensor) -> bool:
-    """Whether a transform or autograd has a hold on a tensor, so that it must be an explicit input."""
-    with no_functions():
-        return tensor.requires_grad or is_wrapped(tensor) or _is_live(tensor)
-
-
-def has_history(tensor: Tensor) -> bool:
-    """Whether a tensor keeps a graph alive."""
-    with no_functions():
-        return is_wrapped(tensor) or tensor.grad_fn is not None
-
-
-def functionalizes(transform: Any) -> bool:
-    """Whether a transform is torch.func.functionalize."""
-    return transform.key() == _functorch.TransformType.Functionalize
 
 
 def can_inspect(tensor: Tensor) -> bool:

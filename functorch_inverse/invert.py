@@ -16,6 +16,7 @@ from functorch_inverse._iterate import Inversion, Inverter
 from functorch_inverse._reach import Reach
 from functorch_inverse._sight import Sight
 from functorch_inverse._solvers import SolverLike, as_solver
+from functorch_inverse._transforms import is_open
 from functorch_inverse._tree import Partition, Tree, event_dims, is_differentiable
 from functorch_inverse._vectors import Layout, real_dtype, same_precision
 from functorch_inverse.custom import check_callables
@@ -84,7 +85,7 @@ class _Values:
         half = any(real_dtype(t.dtype) in _HALF for t in x)
         if tracing or not (_torch.transforms_active() or half or torch.is_inference_mode_enabled()):
             return Captured()
-        captured = Captured.of(Sight(self.f, self.seen), lambda t: _torch.is_open(t) or t.is_inference() or t.dtype in _HALF)
+        captured = Captured.of(Sight(self.f, self.seen), lambda t: is_open(t) or t.is_inference() or t.dtype in _HALF)
         return replace(captured, sight=None)  # nothing is exchanged while this runs
 
 

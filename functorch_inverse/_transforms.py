@@ -1,0 +1,115 @@
+"""The open transforms of torch.func, and what they have put around a tensor."""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functorch_inverse import _torch
+
+__all__ = ["Transform", "alive", "has_history", "innermost", "is_followed", "is_live", "is_open", "peeled"]
+
+_KINDS = _torch.TransformType
+_RANDOMNESS = {"Error": "error", "Same": "same", "Different": "different"}
+
+
+class Transform:
+    """The innermost open transform; torch's own class for it takes several times as long to make."""
+
+    __slots__ = ("interpreter", "kind", "level", "maps")
+
+    def __init__(self, interpreter: Any) -> None:
+        self.interpreter, self.kind, self.level = interpreter, interpreter.key(), interpreter.level()
+        self.maps = self.kind == _KINDS.Vmap
+
+    @property
+    def functionalizes(self) -> bool:
+        """Whether it is torch.func.functionalize."""
+        return bool(self.kind == _KINDS.Functionalize)
+
+    @property
+    def batch_size(self) -> int:
+        """How many samples a vmap has."""
+        return int(_torch.VmapInterpreter(self.interpreter).batchSize())
+
+    @property
+    def randomness(self) -> str:
+        """How a vmap treats random numbers."""
+        return _RANDOMNESS[_torch.VmapInterpreter(self.interpreter).randomness().name]
+
+    def lowered(self) -> AbstractContextManager[Any]:
+        """Without this transform; where it was opened under no_grad, so it is beneath."""
+        if self.kind == _KINDS.Grad:
+            as_it_was = _torch.GradInterpreter(self.interpreter).prevGradMode()
+        else:
+            as_it_was = self.kind != _KINDS.Jvp or _torch.JvpInterpreter(self.interpreter).prevFwdGradMode()
+        return _Lowered() if as_it_was else _torch.interpreter_in_python(self.interpreter).lower()
+
+
+class _Lowered:
+    """The innermost transform taken off: a class, because a generator costs several times as much."""
+
+    __slots__ = ("layer",)
+
+    def __enter__(self) -> None:
+        self.layer = _torch.pop_transform()
+
+    def __exit__(self, *error: Any) -> None:
+        _torch.push_transform(self.layer)
+
+
+def innermost() -> Transform | None:
+    """The innermost open transform."""
+    interpreter = _torch.peek_transform()
+    return None if interpreter is None else Transform(interpreter)
+
+
+def peeled(tensor: Tensor, transform: Transform | None) -> tuple[Tensor, int | None]:
+    """A tensor without what this innermost transform put around it, and the dim that it maps."""
+    if transform is None or _torch.level(tensor) != transform.level:
+        return tensor, None
+    return _torch.unwrapped(tensor), _torch.batch_dim(tensor) if transform.maps else None
+
+
+def alive(tensor: Tensor) -> Tensor:
+    """A tensor without what transforms that are closed left around it."""
+    while _torch.level(tensor) < -1:
+        tensor = _torch.unwrapped(tensor)
+    return tensor
+
+
+def is_followed(tensor: Tensor, transform: Transform | None) -> bool:
+    """Whether a derivative of this innermost transform, or of plain autograd where it is None, flows through a tensor."""
+    if transform is not None and (transform.maps or _torch.level(tensor) != transform.level):
+        return False
+    return _torch.is_tracked(tensor)
+
+
+def is_live(tensor: Tensor) -> bool:
+    """Whether a derivative of any open level flows through a tensor."""
+    with _torch.no_functions():  # a mode would answer for what stands in for the tensor
+        return _is_live(tensor)
+
+
+def _is_live(tensor: Tensor) -> bool:
+    if not (_torch.dual_level_open() or _torch.is_wrapped(tensor)):
+        return tensor.requires_grad and torch.is_grad_enabled()
+    # Tangents show only at their own level: step down through the open transforms to it.
+    top, tensor = innermost(), alive(tensor)
+    if top is None or is_followed(tensor, top):
+        return is_followed(tensor, top)
+    with top.lowered():
+        return _is_live(peeled(tensor, top)[0])
+
+
+def is_open(tensor: Tensor) -> bool:
+    """Whether a transform or autograd has a hold on a tensor, so that it must be an explicit input."""
+    with _torch.no_functions():
+        return tensor.requires_grad or _torch.is_wrapped(tensor) or _is_live(tensor)
+
+
+def has_history(tensor: Tensor) -> bool:
+    """Whether a tensor keeps a graph alive."""
+    with _torch.no_functions():
+        return _torch.is_wrapped(tensor) or tensor.grad_fn is not None
