@@ -124,14 +124,17 @@ class Captured:
         """How many tensors were captured."""
         return len(self.tensors)
 
-    def running(self, values: Sequence[Tensor], given: Sequence[Tensor] = ()) -> AbstractContextManager[None]:
+    def running(
+        self, values: Sequence[Tensor], given: Sequence[Tensor] = (), *, watched: bool = True
+    ) -> AbstractContextManager[None]:
         """Let every function called inside read these values instead.
 
-        What it reads from below the level of these values and of what it was given is an error.
+        If `watched`, what it reads from below the level of these values and of what it was given is an error.
         """
         if torch.compiler.is_dynamo_compiling():  # f runs in the open graph
             return nullcontext()
-        level = min((_torch.level(t) for t in (*values, *given)), default=-1) if _torch.transforms_active() else -1
+        watched = watched and _torch.transforms_active()
+        level = min((_torch.level(t) for t in (*values, *given)), default=-1) if watched else -1
         return self._running(values, level) if values or level > 0 else nullcontext()
 
     @contextmanager
@@ -164,16 +167,11 @@ class Captured:
         versions = [(t, v) for t, v in zip(self.reach.tensors, self.versions, strict=True) if id(t) not in captured]
         if self.frozen:
             with _unswapped(reach.modules):
-                if not all(_is_in_place(place, t) for slots, t, _ in self.frozen for place in slots):
+                if not all(space[name] is t for slots, t, _ in self.frozen for space, name in slots):
                     _refuse_exchanged("exchanged")
             versions += [(t, v) for _, t, v in self.frozen]
         if any(_version(t) != v for t, v in versions):
             _refuse_exchanged("changed in place")
-
-
-def _is_in_place(place: tuple[Any, str], tensor: Tensor) -> bool:
-    space, name = place
-    return space[name] is tensor
 
 
 def _compare(then: Reach, now: Reach) -> None:

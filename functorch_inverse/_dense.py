@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from functorch_inverse import _torch
+from functorch_inverse._blocks import by_blocks
 from functorch_inverse._levels import signed
 from functorch_inverse._quadrature import gauss_legendre
 
@@ -80,11 +81,13 @@ class _Factors(NamedTuple):
 
     def solve(self, b: Tensor, *, transpose: bool = False) -> Tensor:
         count = b.ndim - self.matrix.ndim + 1
-        if count:
-            columns = b.movedim(tuple(range(count)), tuple(range(-count, 0)))
-            found = _solve(self.kind, transpose, columns.flatten(-count), self.matrix, self.factors)
-            return found.unflatten(-1, columns.shape[-count:]).movedim(tuple(range(-count, 0)), tuple(range(count)))
-        return _solve(self.kind, transpose, b.unsqueeze(-1), self.matrix, self.factors).squeeze(-1)
+        if not count:
+            return _solve(self.kind, transpose, b.unsqueeze(-1), self.matrix, self.factors).squeeze(-1)
+
+        def of_rows(rows: Tensor) -> Tensor:
+            return _solve(self.kind, transpose, rows.movedim(0, -1), self.matrix, self.factors).movedim(-1, 0)
+
+        return by_blocks(of_rows, b.flatten(0, count - 1)).unflatten(0, b.shape[:count])
 
     def log_abs_det(self) -> Tensor:
         return _LogAbsDet.apply(self.kind, self.matrix, *self.factors)

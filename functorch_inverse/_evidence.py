@@ -1,7 +1,7 @@
 """What is known of y, as a function of leaves."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from torch import Tensor
@@ -20,7 +20,8 @@ Tensors = Sequence[Tensor]
 class Evidence:
     """f(y, *args) on leaves: (y leaves, theta leaves) -> leaves, where theta = (args, constants of y, captured).
 
-    `pick` takes what f returned to its leaves. The last `unread` of theta are nothing that f reads.
+    `pick` takes what f returned to its leaves. The last `unread` of theta are nothing that f reads. With `by_graph`,
+    whoever evaluates it looks through the graph for what f reads besides.
     """
 
     f: Any
@@ -30,6 +31,11 @@ class Evidence:
     captured: Captured
     pick: Callable[[Tree], tuple[Tensor, ...]]
     unread: int = 0
+    by_graph: bool = False
+
+    def seen_by_graph(self) -> "Evidence":
+        """The same for an evaluation by plain autograd, after which the whole graph is looked through."""
+        return replace(self, by_graph=True)
 
     def __call__(self, y: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
         theta = theta[: len(theta) - self.unread]
@@ -37,7 +43,7 @@ class Evidence:
         m = len(theta) - self.captured.count
         everything = self.y.join(merge(self.differentiable, y, theta[n:m]))
         self.captured.verify()
-        with self.captured.running(theta[m:], (*y, *theta)):
+        with self.captured.running(theta[m:], (*y, *theta), watched=not self.by_graph):
             try:
                 result = self.f(everything, *self.args.join(theta[:n]))
             except RuntimeError as error:

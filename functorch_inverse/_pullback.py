@@ -16,7 +16,7 @@ from functorch_inverse._composed import Function, Tensors, dependent, leveled, o
 from functorch_inverse._graph import Graph, check_graph, walk
 from functorch_inverse.errors import NoDerivativeError
 
-__all__ = ["Function", "GraphPullback", "Pullback", "Tensors", "in_torch"]
+__all__ = ["Function", "GraphPullback", "Pullback", "Tensors", "in_torch", "seen_by_graph"]
 
 
 class Pullback:
@@ -83,7 +83,7 @@ class GraphPullback(Pullback):
         self.theta = [leaves[i].requires_grad_() for i in wanted]
         self.point = [*self.y, *leaves]
         with torch.enable_grad():
-            self.outputs = _evaluate(f, self.y, leaves)
+            self.outputs = _evaluate(seen_by_graph(f), self.y, leaves)
         self.nodes = check_graph(self.outputs, (*self.y, *self.theta))
         self.transposed: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
 
@@ -116,7 +116,6 @@ class GraphPullback(Pullback):
 
     def width(self) -> int | None:
         return None if self.nodes is None else widest(self.nodes)
-
 
     def mixed(self, c: Tensors, chosen: Sequence[int], along: Tensors, wanted: Sequence[int]) -> tuple[Tensor, ...]:
         """What `mixed` below computes, from this graph."""
@@ -153,7 +152,6 @@ class _RecordedPullback(GraphPullback):
         self.theta = [leaves[i] for i in wanted]
         self.outputs = _evaluate(f, self.y, leaves)
         check_graph(self.outputs, (*self.y, *self.theta))
-
 
     def _run(self, outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return torch.autograd.grad(outputs, inputs, grads, create_graph=True, materialize_grads=True)
@@ -211,6 +209,12 @@ class _FuncPullback(Pullback):
 
     def to_theta(self, cotangents: Tensors) -> tuple[Tensor, ...]:
         return pullback_to_theta(self.f, self.y, self.theta, self.wanted, cotangents)
+
+
+def seen_by_graph(f: Function) -> Function:
+    """The same f, if it can be told that its graph will be looked through: then nobody has to watch what it reads."""
+    told: Callable[[], Function] | None = getattr(f, "seen_by_graph", None)
+    return f if told is None else told()
 
 
 def _evaluate(f: Function, y: Tensors, theta: Tensors) -> tuple[Tensor, ...]:

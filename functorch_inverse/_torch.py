@@ -60,11 +60,11 @@ Tensors: TypeAlias = tuple[Tensor, ...]
 
 __all__ = [
     "GradInterpreter", "JvpInterpreter", "TransformType", "VmapInterpreter", "add_batch_dim", "allow_single_level",
-    "at_current_level", "batch_dim", "can_inspect", "can_record", "derivative_order", "dual_level_open", "fake_mode",
+    "at_current_level", "batch_dim", "can_inspect", "can_record", "close_vmap", "derivative_order", "dual_level_open", "fake_mode",
     "forward_levels", "forward_mode", "forward_mode_again", "forward_mode_available", "full_precision",
     "function_mode_active", "graph_grad", "graph_is_kept", "interpreter_in_python", "is_legacy_batched", "is_tracked",
-    "is_wrapped", "level", "mark", "no_functions", "no_torch_function", "peek_transform", "plain", "pop_transform",
-    "primal", "push_transform", "recording", "saved_tensors_have_hooks", "shapes_into", "single_level_allowed",
+    "is_wrapped", "level", "mark", "no_functions", "no_torch_function", "open_vmap", "peek_transform", "plain", "pop_transform",
+    "primal", "push_transform", "recording", "remove_batch_dim", "saved_tensors_have_hooks", "shapes_into", "single_level_allowed",
     "traced_derivatives_possible", "traced_transforms", "transforms_active", "tree_leaves", "tree_map", "undisturbed",
     "unwrapped", "wrap_for_grad", "wrapper",
 ]  # fmt: skip
@@ -78,6 +78,8 @@ unwrapped, batch_dim = _functorch.get_unwrapped, _functorch.maybe_get_bdim
 peek_transform, pop_transform, push_transform = (
     _functorch.peek_interpreter_stack, _functorch.pop_dynamic_layer_stack, _functorch.push_dynamic_layer_stack,
 )  # fmt: skip
+open_vmap, close_vmap = _functorch._vmap_increment_nesting, _functorch._vmap_decrement_nesting
+remove_batch_dim = _functorch._remove_batch_dim
 TransformType, VmapInterpreter = _functorch.TransformType, _functorch.CVmapInterpreterPtr
 GradInterpreter, JvpInterpreter = _functorch.CGradInterpreterPtr, _functorch.CJvpInterpreterPtr
 # A Function that speaks for one level alone may be applied while transforms are open; torch does so itself.

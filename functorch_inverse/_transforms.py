@@ -1,5 +1,6 @@
 """The open transforms of torch.func, and what they have put around a tensor."""
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from functorch_inverse import _torch
 
-__all__ = ["Transform", "alive", "has_history", "innermost", "is_followed", "is_live", "is_open", "peeled"]
+__all__ = ["Transform", "alive", "has_history", "innermost", "is_followed", "is_live", "is_open", "mapped", "peeled"]
 
 _KINDS = _torch.TransformType
 _RANDOMNESS = {"Error": "error", "Same": "same", "Different": "different"}
@@ -113,3 +114,18 @@ def has_history(tensor: Tensor) -> bool:
     """Whether a tensor keeps a graph alive."""
     with _torch.no_functions():
         return _torch.is_wrapped(tensor) or tensor.grad_fn is not None
+
+
+def mapped(
+    function: Callable[..., tuple[Tensor, ...]], dims: Sequence[int | None], randomness: str, tensors: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """torch.vmap of a function from tensors to tensors, which it spares the search through pytrees and the checks."""
+    if torch.compiler.is_dynamo_compiling() or _torch.function_mode_active():
+        return torch.vmap(function, in_dims=tuple(dims), randomness=randomness)(*tensors)
+    size = next(t.shape[d] for t, d in zip(tensors, dims, strict=True) if d is not None)
+    level = _torch.open_vmap(size, randomness)
+    try:
+        inside = [t if d is None else _torch.add_batch_dim(t, d, level) for t, d in zip(tensors, dims, strict=True)]
+        return tuple([_torch.remove_batch_dim(t, level, size, 0) for t in function(*inside)])
+    finally:
+        _torch.close_vmap()

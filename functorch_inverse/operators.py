@@ -14,7 +14,8 @@ from torch import Tensor
 from functorch_inverse import _torch
 from functorch_inverse._chunks import chunk_of, jacobian
 from functorch_inverse._graph import Graph
-from functorch_inverse._pullback import Function, Pullback, Tensors
+from functorch_inverse._pullback import Function, Pullback, Tensors, seen_by_graph
+from functorch_inverse._transforms import mapped
 from functorch_inverse._vectors import Layout, batch_shape, real_dtype
 from functorch_inverse.errors import StructureError
 
@@ -25,14 +26,24 @@ MatVec: TypeAlias = Callable[[Tensor], Tensor]
 
 def vmapped(f: Function, first: int | None, theta_is_batched: Sequence[bool], randomness: str) -> Function:
     """f of two groups of leaves, where the first (if batched) and some of theta carry one more leading dim."""
-    dims = tuple(0 if b else None for b in theta_is_batched)
+    return _Vmapped(f, first, tuple(0 if b else None for b in theta_is_batched), randomness)
 
-    def mapped(leading: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
+
+@dataclass(frozen=True, eq=False)
+class _Vmapped:
+    f: Function
+    first: int | None
+    dims: tuple[int | None, ...]
+    randomness: str
+
+    def __call__(self, leading: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
         n = len(leading)
-        in_dims = (first,) * n + dims
-        return torch.vmap(lambda *t: f(t[:n], t[n:]), in_dims=in_dims, randomness=randomness)(*leading, *theta)
+        dims = (self.first,) * n + self.dims
+        return mapped(lambda *t: self.f(t[:n], t[n:]), dims, self.randomness, (*leading, *theta))
 
-    return mapped
+    def seen_by_graph(self) -> "_Vmapped":
+        """The same with such an f."""
+        return replace(self, f=seen_by_graph(self.f))
 
 
 @dataclass(frozen=True, eq=False)
