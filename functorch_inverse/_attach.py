@@ -6,7 +6,7 @@ that leaves the values as they are.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -17,7 +17,7 @@ from functorch_inverse import _torch
 from functorch_inverse._composed import Tensors
 from functorch_inverse._levels import Dims, announced, followed, run
 from functorch_inverse._rules import Rule
-from functorch_inverse._transforms import alive
+from functorch_inverse._transforms import alive, in_front
 from functorch_inverse._vectors import Like
 
 __all__ = ["attach", "attach_plainly"]
@@ -92,11 +92,11 @@ class _Attachment:
     def mapped(self, dims: Dims, size: int, randomness: str, tensors: Tensors) -> tuple[Tensors, Dims]:
         n = self.n_y + self.n_x
         led = [
-            t.movedim(d, 0) if d is not None else t.expand(size, *t.shape) if i < n else t
+            in_front(t, d) if d is not None else t.expand(size, *t.shape) if i < n else t
             for i, (t, d) in enumerate(zip(tensors, dims, strict=True))
         ]
         batched = self.rule.batched([d is not None for d in dims[n:]], randomness)
-        return run(replace(self, rule=batched), led), (0,) * self.n_y
+        return run(_Attachment(batched, self.n_y, self.n_x), led), (0,) * self.n_y
 
     def keep(self, ctx: Any, tensors: Tensors, output: Tensors) -> None:
         """What the derivatives will need."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from functorch_inverse import _torch
 from functorch_inverse._levels import Dims, announced, run
+from functorch_inverse._transforms import in_front
 from functorch_inverse._values import BlackBox, refuse_empty
 from functorch_inverse.errors import StructureError
 
@@ -46,16 +47,16 @@ class _Evaluation:
         return self.box(*(t.detach() for t in tensors))
 
     def mapped(self, dims: Dims, size: int, randomness: str, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Dims]:
-        box, batched = replace(self.box, tensors_only=True), [d is not None for d in dims]
-        moved = [t if d is None else t.movedim(d, 0) for t, d in zip(tensors, dims, strict=True)]
+        box, batched = self.box, [d is not None for d in dims]
+        moved = [t if d is None else in_front(t, d) for t, d in zip(tensors, dims, strict=True)]
         if box.method == "vmap":
             results = _values(_vmapped(box, batched, randomness), moved)
         elif box.method == "sequential":
-            results = _values(replace(box, levels=((tuple(batched), size), *box.levels)), moved)
+            results = _values(replace(box, tensors_only=True, levels=((tuple(batched), size), *box.levels)), moved)
         elif _can_broadcast(box, moved, batched):
             results = _broadcast(box, moved, batched, size)
         else:
-            results = _sample_by_sample(box, moved, batched, size)
+            results = _sample_by_sample(replace(box, tensors_only=True), moved, batched, size)
         return results, _result_dims(box, results, size)
 
 
@@ -78,7 +79,7 @@ def _vmapped(box: BlackBox, batched: Sequence[bool], randomness: str) -> BlackBo
     def batch(call: Callable[..., Any]) -> Callable[..., Any]:
         return torch.vmap(call if inner is None else inner(call), in_dims=dims, randomness=randomness)
 
-    return replace(box, batched_as=batch)
+    return replace(box, tensors_only=True, batched_as=batch)
 
 
 # A new leading dim must not line up with a dim of an argument that has more dims than x: with x (n,) mapped to
@@ -114,9 +115,9 @@ def _broadcast(box: BlackBox, tensors: Sequence[Tensor], batched: Sequence[bool]
         else t
         for i, (t, b) in enumerate(zip(tensors, batched, strict=True))
     ]
-    results = _values(replace(box, batch_dims=tuple(n + 1 + ones for n in box.batch_dims)), led)
+    results = _values(replace(box, tensors_only=True, batch_dims=tuple([n + 1 + ones for n in box.batch_dims])), led)
     unused = tuple(range(1, ones + 1))
-    return tuple(t.squeeze(unused) if t.ndim > ones else t for t in results)
+    return tuple([t.squeeze(unused) if ones and t.ndim > ones else t for t in results])
 
 
 def _sample_by_sample(box: BlackBox, tensors: Sequence[Tensor], batched: Sequence[bool], size: int) -> tuple[Tensor, ...]:

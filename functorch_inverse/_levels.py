@@ -11,7 +11,7 @@ from torch.autograd import Function
 from torch.overrides import handle_torch_function
 
 from functorch_inverse import _torch
-from functorch_inverse._transforms import Transform, alive, innermost, is_followed, peeled
+from functorch_inverse._transforms import Transform, alive, innermost
 
 __all__ = ["Dims", "Task", "announced", "followed", "memory_of", "run", "signed", "sink"]
 
@@ -33,12 +33,26 @@ class _Peeled(NamedTuple):
 
     @staticmethod
     def of(tensors: Tensors, transform: Transform | None) -> "_Peeled":
-        with _torch.no_functions():  # a mode would answer for what stands in for a tensor
-            tensors = [alive(t) for t in tensors]
-            pairs = [peeled(t, transform) for t in tensors]
-            maps = transform is not None and transform.maps
-            followed = not maps and any(is_followed(t, transform) for t in tensors)
-        return _Peeled(tensors, [t for t, _ in pairs], [d for _, d in pairs], followed)
+        if _torch.function_mode_active():  # it would answer for what stands in for a tensor
+            with _torch.no_functions():
+                return _peel(tensors, transform)
+        return _peel(tensors, transform)
+
+
+def _peel(tensors: Tensors, transform: Transform | None) -> _Peeled:
+    tensors = [alive(t) for t in tensors]
+    if transform is None:
+        return _Peeled(tensors, tensors, _nothing(tensors), any(map(_torch.is_tracked, tensors)))
+    now = transform.level
+    here = [_torch.level(t) == now for t in tensors]
+    inner = [_torch.unwrapped(t) if own else t for t, own in zip(tensors, here, strict=True)]
+    if transform.maps:
+        return _Peeled(tensors, inner, [_torch.batch_dim(t) if own else None for t, own in zip(tensors, here, strict=True)], False)
+    return _Peeled(tensors, inner, _nothing(tensors), any(map(_torch.is_tracked, itertools.compress(tensors, here))))
+
+
+def _nothing(tensors: Tensors) -> Dims:
+    return (None,) * len(tensors)
 
 
 class Task(Protocol):

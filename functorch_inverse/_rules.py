@@ -14,7 +14,7 @@ Differentiation (2022), section 2.
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 import torch
@@ -85,7 +85,7 @@ class ImplicitRule:
 
     def batched(self, theta_is_batched: Sequence[bool], randomness: str) -> "ImplicitRule":
         """The same rule where y, and some of theta, carry one more leading dim."""
-        return replace(self, equation=self.equation.batched(theta_is_batched, randomness))
+        return ImplicitRule(self.equation.batched(theta_is_batched, randomness), self.linear_solver)
 
     @functools.cached_property
     def system(self) -> LinearSystem:

@@ -8,7 +8,7 @@ where <w, A^T u> is the derivative of <u, f> along w. So A is never differentiat
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -18,7 +18,7 @@ from functorch_inverse import _torch
 from functorch_inverse._composed import Tensors, change_of_push, mixed
 from functorch_inverse._levels import Dims, announced, run, sink
 from functorch_inverse._linear import Linearised, LinearSystem, each_column
-from functorch_inverse._transforms import alive
+from functorch_inverse._transforms import alive, in_front
 from functorch_inverse._vectors import Layout
 
 __all__ = ["solve"]
@@ -67,16 +67,16 @@ class _Task:
 
     def mapped(self, dims: Dims, size: int, randomness: str, tensors: Tensors) -> tuple[Tensors, Dims]:
         """u for tensors with one more dim each; it is one of the columns if b alone has it, and one of the batch otherwise."""
-        (y, theta), n, place = self.point(tensors), self.n_b, 0
+        (y, theta), n, place, columns, system = self.point(tensors), self.n_b, 0, self.columns, self.system
         if all(d is None for d in dims[n:]):
-            task = replace(self, columns=self.columns + 1)
+            columns = self.columns + 1
         else:
             place, rest = self.columns, dims[n + self.n_y :]
             y = [_at(0, t, d, size) for t, d in zip(y, dims[n:], strict=False)]
-            theta = [t if d is None else t.movedim(d, 0) for t, d in zip(theta, rest, strict=True)]
-            task = replace(self, system=self.system.batched([d is not None for d in rest], randomness))
+            theta = [t if d is None else in_front(t, d) for t, d in zip(theta, rest, strict=True)]
+            system = system.batched([d is not None for d in rest], randomness)
         b = [_at(place, t, d, size) for t, d in zip(tensors[:n], dims, strict=False)]
-        u = run(task, (*b, *y, *theta))
+        u = run(_Task(system, self.x, self.transpose, n, self.n_y, columns), (*b, *y, *theta))
         return u, (place,) * len(u)
 
     def keep(self, ctx: Any, tensors: Tensors, output: Tensors) -> None:
@@ -93,7 +93,8 @@ class _Task:
         cotangents = [torch.zeros_like(t) if c is None else c for t, c in zip(u, g, strict=True)]
         wanted = [i for i in range(len(point)) if needed[self.n_b + i]]
         with _torch.full_precision(u[0]):
-            w = run(replace(self, transpose=not self.transpose, n_b=ctx.n_u), (*cotangents, *point))
+            transposed = _Task(self.system, self.x, not self.transpose, ctx.n_u, self.n_y, self.columns)
+            w = run(transposed, (*cotangents, *point))
             inner, outer = (u, w) if self.transpose else (w, u)
             moved = _pairing(self, point, inner, outer, wanted) if wanted else ()
         grads: list[Tensor | None] = [*w, *[None] * len(point)]
@@ -117,7 +118,9 @@ class _Task:
 
 def _at(place: int, t: Tensor, dim: int | None, size: int) -> Tensor:
     """A tensor with its mapped dim somewhere, or expanded there."""
-    return t.unsqueeze(place).expand(*t.shape[:place], size, *t.shape[place:]) if dim is None else t.movedim(dim, place)
+    if dim is None:
+        return t.unsqueeze(place).expand(*t.shape[:place], size, *t.shape[place:])
+    return t if dim == place else t.movedim(dim, place)
 
 
 def _pairing(task: _Task, point: Tensors, c: Tensors, along: Tensors, wanted: Sequence[int]) -> Tensors:

@@ -59,7 +59,7 @@ except (ImportError, AttributeError) as error:
 Tensors: TypeAlias = tuple[Tensor, ...]
 
 __all__ = [
-    "GradInterpreter", "JvpInterpreter", "TransformType", "VmapInterpreter", "add_batch_dim", "allow_single_level",
+    "GradInterpreter", "JvpInterpreter", "RandomnessType", "TransformType", "VmapInterpreter", "add_batch_dim", "allow_single_level",
     "at_current_level", "batch_dim", "can_inspect", "can_record", "close_vmap", "derivative_order", "dual_level_open", "fake_mode",
     "forward_levels", "forward_mode", "forward_mode_again", "forward_mode_available", "full_precision",
     "function_mode_active", "graph_grad", "graph_is_kept", "interpreter_in_python", "is_legacy_batched", "is_tracked",
@@ -73,6 +73,8 @@ no_torch_function: Any = _disabled_torch_function_impl
 _run_backward: Any = Variable._execution_engine.run_backward
 is_wrapped = _functorch.is_functorch_wrapped_tensor
 add_batch_dim, wrap_for_grad = _functorch._add_batch_dim, _functorch._wrap_for_grad
+# The transform that wraps a tensor, counted from the outermost; -1 for a plain one, -2 where it is closed.
+level = _functorch.maybe_get_level
 unwrapped, batch_dim = _functorch.get_unwrapped, _functorch.maybe_get_bdim
 # The open transforms, of which the innermost can be taken off for a while.
 peek_transform, pop_transform, push_transform = (
@@ -80,6 +82,7 @@ peek_transform, pop_transform, push_transform = (
 )  # fmt: skip
 open_vmap, close_vmap = _functorch._vmap_increment_nesting, _functorch._vmap_decrement_nesting
 remove_batch_dim = _functorch._remove_batch_dim
+RandomnessType = _functorch.RandomnessType
 TransformType, VmapInterpreter = _functorch.TransformType, _functorch.CVmapInterpreterPtr
 GradInterpreter, JvpInterpreter = _functorch.CGradInterpreterPtr, _functorch.CJvpInterpreterPtr
 # A Function that speaks for one level alone may be applied while transforms are open; torch does so itself.
@@ -129,11 +132,6 @@ def at_current_level(tensor: Tensor) -> Tensor:
         return tensor
     now = _functorch.maybe_current_level()
     return tensor if now is None or level(tensor) >= now else wrap_for_grad(tensor, now)
-
-
-def level(tensor: Tensor) -> int:
-    """The transform that wraps a tensor, counted from the outermost; -1 for a plain one."""
-    return _functorch.maybe_get_level(tensor) if is_wrapped(tensor) else -1
 
 
 def is_tracked(tensor: Tensor) -> bool:

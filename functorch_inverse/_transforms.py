@@ -9,10 +9,11 @@ from torch import Tensor
 
 from functorch_inverse import _torch
 
-__all__ = ["Transform", "alive", "has_history", "innermost", "is_followed", "is_live", "is_open", "mapped", "peeled"]
+__all__ = ["Transform", "alive", "has_history", "in_front", "innermost", "is_followed", "is_live", "is_open", "mapped", "peeled"]
 
 _KINDS = _torch.TransformType
-_RANDOMNESS = {"Error": "error", "Same": "same", "Different": "different"}
+_VMAP, _GRAD, _JVP, _FUNCTIONALIZE = _KINDS.Vmap, _KINDS.Grad, _KINDS.Jvp, _KINDS.Functionalize
+_RANDOMNESS = {kind: kind.name.lower() for kind in _torch.RandomnessType.__members__.values()}
 
 
 class Transform:
@@ -22,12 +23,12 @@ class Transform:
 
     def __init__(self, interpreter: Any) -> None:
         self.interpreter, self.kind, self.level = interpreter, interpreter.key(), interpreter.level()
-        self.maps = self.kind == _KINDS.Vmap
+        self.maps = bool(self.kind == _VMAP)
 
     @property
     def functionalizes(self) -> bool:
         """Whether it is torch.func.functionalize."""
-        return bool(self.kind == _KINDS.Functionalize)
+        return bool(self.kind == _FUNCTIONALIZE)
 
     @property
     def batch_size(self) -> int:
@@ -37,14 +38,16 @@ class Transform:
     @property
     def randomness(self) -> str:
         """How a vmap treats random numbers."""
-        return _RANDOMNESS[_torch.VmapInterpreter(self.interpreter).randomness().name]
+        return _RANDOMNESS[_torch.VmapInterpreter(self.interpreter).randomness()]
 
     def lowered(self) -> AbstractContextManager[Any]:
         """Without this transform; where it was opened under no_grad, so it is beneath."""
-        if self.kind == _KINDS.Grad:
+        if self.maps:
+            as_it_was = True
+        elif self.kind == _GRAD:
             as_it_was = _torch.GradInterpreter(self.interpreter).prevGradMode()
         else:
-            as_it_was = self.kind != _KINDS.Jvp or _torch.JvpInterpreter(self.interpreter).prevFwdGradMode()
+            as_it_was = self.kind != _JVP or _torch.JvpInterpreter(self.interpreter).prevFwdGradMode()
         return _Lowered() if as_it_was else _torch.interpreter_in_python(self.interpreter).lower()
 
 
@@ -78,6 +81,11 @@ def alive(tensor: Tensor) -> Tensor:
     while _torch.level(tensor) < -1:
         tensor = _torch.unwrapped(tensor)
     return tensor
+
+
+def in_front(tensor: Tensor, dim: int) -> Tensor:
+    """A tensor with this dim as the first one."""
+    return tensor.movedim(dim, 0) if dim else tensor
 
 
 def is_followed(tensor: Tensor, transform: Transform | None) -> bool:
