@@ -3,7 +3,7 @@
 import inspect
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -11,9 +11,9 @@ from torch.autograd import Function
 from torch.overrides import handle_torch_function
 
 from functorch_inverse import _torch
-from functorch_inverse._transforms import Transform, alive, innermost
+from functorch_inverse._transforms import Transform, alive, follows, innermost
 
-__all__ = ["Dims", "Task", "announced", "followed", "memory_of", "run", "signed", "sink"]
+__all__ = ["Attached", "Dims", "Task", "announced", "followed", "memory_of", "run", "signed", "sink"]
 
 Tensors: TypeAlias = Sequence[Tensor]
 Optional: TypeAlias = Sequence[Tensor | None]
@@ -33,22 +33,21 @@ class _Peeled(NamedTuple):
 
     @staticmethod
     def of(tensors: Tensors, transform: Transform | None) -> "_Peeled":
-        if _torch.function_mode_active():  # it would answer for what stands in for a tensor
-            with _torch.no_functions():
-                return _peel(tensors, transform)
-        return _peel(tensors, transform)
+        with _torch.no_functions():  # a mode would answer for what stands in for a tensor
+            return _peel(tensors, transform)
 
 
 def _peel(tensors: Tensors, transform: Transform | None) -> _Peeled:
-    tensors = [alive(t) for t in tensors]
+    tensors, is_followed = [alive(t) for t in tensors], follows(transform)
     if transform is None:
-        return _Peeled(tensors, tensors, _nothing(tensors), any(map(_torch.is_tracked, tensors)))
-    now = transform.level
-    here = [_torch.level(t) == now for t in tensors]
-    inner = [_torch.unwrapped(t) if own else t for t, own in zip(tensors, here, strict=True)]
-    if transform.maps:
-        return _Peeled(tensors, inner, [_torch.batch_dim(t) if own else None for t, own in zip(tensors, here, strict=True)], False)
-    return _Peeled(tensors, inner, _nothing(tensors), any(map(_torch.is_tracked, itertools.compress(tensors, here))))
+        return _Peeled(tensors, tensors, _nothing(tensors), any(map(is_followed, tensors)))
+    now, maps = transform.level, transform.maps
+    own = [_torch.level(t) == now for t in tensors]
+    inner = [_torch.unwrapped(t) if here else t for t, here in zip(tensors, own, strict=True)]
+    if maps:
+        dims = [_torch.batch_dim(t) if here else None for t, here in zip(tensors, own, strict=True)]
+        return _Peeled(tensors, inner, dims, False)
+    return _Peeled(tensors, inner, _nothing(tensors), any(map(is_followed, itertools.compress(tensors, own))))
 
 
 def _nothing(tensors: Tensors) -> Dims:
@@ -59,7 +58,7 @@ class Task(Protocol):
     """What is computed of some tensors, whatever is open."""
 
     def itself(self, tensors: Tensors) -> Tensors | None:
-        """The outputs by operations that everybody can differentiate; None where `backward` and `jvp` are to be asked."""
+        """The outputs by operations that everybody can differentiate; None from an `Attached` one."""
         ...
 
     def values(self, tensors: Tensors) -> Tensors:
@@ -69,6 +68,10 @@ class Task(Protocol):
     def mapped(self, dims: Dims, size: int, randomness: str, tensors: Tensors) -> "tuple[Tensors, Dims]":
         """The outputs beneath a vmap, and where they have its dim."""
         ...
+
+
+class Attached(Task, Protocol):
+    """A task that knows the derivatives of what it computes."""
 
     def keep(self, ctx: Any, tensors: Tensors, output: Tensors) -> None:
         """Save what the derivatives of one level will need."""
@@ -89,7 +92,7 @@ def run(task: Task, tensors: Tensors) -> tuple[Tensor, ...]:
     tensors, inner, dims, is_followed = _Peeled.of(tensors, top)
     if is_followed:
         itself = task.itself(tensors)
-        return followed(task, top, inner, tensors) if itself is None else tuple(itself)
+        return followed(cast(Attached, task), top, inner, tensors) if itself is None else tuple(itself)
     if top is None:
         with torch.no_grad(), _torch.forward_mode(False):
             return tuple(task.values(inner))
@@ -108,7 +111,7 @@ def _beneath(task: Task, top: Transform, inner: Tensors, dims: Dims) -> tuple[Te
     return _wrapped(found, places, top)
 
 
-def followed(task: Task, top: Transform | None, inner: Tensors, tensors: Tensors) -> tuple[Tensor, ...]:
+def followed(task: Attached, top: Transform | None, inner: Tensors, tensors: Tensors) -> tuple[Tensor, ...]:
     """The outputs, with their derivatives for the innermost transform, or for plain autograd."""
     if top is None:
         return _apply(task, None, (), *tensors)
@@ -127,7 +130,7 @@ class _Followed(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, task: Task, top: Transform | None, inner: Tensors, *tensors: Tensor) -> Tensors:
+    def forward(ctx: Any, task: Attached, top: Transform | None, inner: Tensors, *tensors: Tensor) -> Tensors:
         if top is None:
             output = tuple(task.values(tensors))
         else:

@@ -98,7 +98,7 @@ class GraphPullback(Pullback):
         zeros = tuple([torch.zeros_like(out, requires_grad=True) for out in self.outputs])
         with torch.enable_grad():
             outputs, some = dependent(self.outputs, zeros)
-            return zeros, torch.autograd.grad(outputs, inputs, some, create_graph=True, materialize_grads=True)
+            return zeros, _torch.graph_grad(outputs, tuple(inputs), some, graph=True)
 
     def push_along(self, places: Sequence[int], tangents: Tensors) -> tuple[Tensor, ...]:
         """The derivative of f in some parts of (*y, *theta), times tangents."""
@@ -120,9 +120,9 @@ class GraphPullback(Pullback):
     def mixed(self, c: Tensors, chosen: Sequence[int], along: Tensors, wanted: Sequence[int]) -> tuple[Tensor, ...]:
         """What `mixed` below computes, from this graph."""
         outputs, c = dependent(self.outputs, c)
-        inputs = [self.point[i] for i in chosen]
+        inputs = tuple([self.point[i] for i in chosen])
         with torch.enable_grad():
-            found = torch.autograd.grad(outputs, inputs, c, create_graph=True, materialize_grads=True)
+            found = _torch.graph_grad(outputs, inputs, c, graph=True)
         found, along = dependent(found, along)
         ends = tuple(self.point[i] for i in wanted)
         return _torch.graph_grad(found, ends, along) if found else tuple(torch.zeros_like(t) for t in ends)

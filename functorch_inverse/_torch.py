@@ -40,7 +40,7 @@ try:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     # forward_ad.unpack_dual, of which half the time goes into looking for torch.export.
-    from torch._VF import _unpack_dual  # type: ignore[attr-defined]
+    from torch._VF import _unpack_dual
 
     # A small backward pass without the checks of torch.autograd.grad, which cost as much again.
     from torch.autograd.variable import Variable
@@ -59,14 +59,15 @@ except (ImportError, AttributeError) as error:
 Tensors: TypeAlias = tuple[Tensor, ...]
 
 __all__ = [
-    "GradInterpreter", "JvpInterpreter", "RandomnessType", "TransformType", "VmapInterpreter", "add_batch_dim", "allow_single_level",
-    "at_current_level", "batch_dim", "can_inspect", "can_record", "close_vmap", "derivative_order", "dual_level_open", "fake_mode",
-    "forward_levels", "forward_mode", "forward_mode_again", "forward_mode_available", "full_precision",
-    "function_mode_active", "graph_grad", "graph_is_kept", "interpreter_in_python", "is_legacy_batched", "is_tracked",
-    "is_wrapped", "level", "mark", "no_functions", "no_torch_function", "open_vmap", "peek_transform", "plain", "pop_transform",
-    "primal", "push_transform", "recording", "remove_batch_dim", "saved_tensors_have_hooks", "shapes_into", "single_level_allowed",
-    "traced_derivatives_possible", "traced_transforms", "transforms_active", "tree_leaves", "tree_map", "undisturbed",
-    "unwrapped", "wrap_for_grad", "wrapper",
+    "GradInterpreter", "JvpInterpreter", "RandomnessType", "TransformType", "VmapInterpreter", "add_batch_dim",
+    "allow_single_level", "at_current_level", "batch_dim", "can_inspect", "can_record", "close_vmap", "derivative_order",
+    "dual_level_open", "fake_mode", "forward_levels", "forward_mode", "forward_mode_again", "forward_mode_available",
+    "full_precision", "function_mode_active", "graph_grad", "graph_is_kept", "in_jvp", "interpreter_in_python",
+    "is_legacy_batched", "is_recorded", "is_tracked", "is_wrapped", "level", "mark", "no_functions", "no_torch_function",
+    "open_vmap", "peek_transform", "plain", "pop_transform", "primal", "push_transform", "recording", "remove_batch_dim",
+    "saved_tensors_have_hooks", "shapes_into", "single_level_allowed", "traced_derivatives_possible",
+    "traced_transforms", "transforms_active", "tree_leaves", "tree_map", "undisturbed", "unwrapped", "wrap_for_grad",
+    "wrapper",
 ]  # fmt: skip
 
 no_torch_function: Any = _disabled_torch_function_impl
@@ -134,17 +135,27 @@ def at_current_level(tensor: Tensor) -> Tensor:
     return tensor if now is None or level(tensor) >= now else wrap_for_grad(tensor, now)
 
 
+def is_recorded(tensor: Tensor) -> bool:
+    """Whether reverse mode follows a tensor at its own level."""
+    return tensor.requires_grad and torch.is_grad_enabled()
+
+
 def is_tracked(tensor: Tensor) -> bool:
-    """Whether plain autograd, or a tangent, follows a tensor at its own level."""
-    if tensor.requires_grad and torch.is_grad_enabled():
+    """Whether reverse mode, or a tangent, follows a tensor at its own level."""
+    if is_recorded(tensor):
         return True
     possible = forward_ad._current_level >= 0 and _is_fwd_grad_enabled()
     return possible and _unpack_dual(tensor, level=0)[1] is not None
 
 
-def graph_grad(outputs: Tensors, inputs: Tensors, cotangents: Tensors) -> Tensors:
-    """torch.autograd.grad of a graph that stays, with zeros where an input is not reached."""
-    grads = _run_backward(outputs, cotangents, True, False, inputs, allow_unreachable=True, accumulate_grad=False)
+def in_jvp() -> bool:
+    """Whether torch.func.jvp is open: then tangents are at its levels alone, since no plain dual level can be open as well."""
+    return eager_transforms.JVP_NESTING > 0
+
+
+def graph_grad(outputs: Tensors, inputs: Tensors, cotangents: Tensors, *, graph: bool = False) -> Tensors:
+    """torch.autograd.grad of a graph that stays, with zeros where an input is not reached; `graph`: with one of its own."""
+    grads = _run_backward(outputs, cotangents, True, graph, inputs, allow_unreachable=True, accumulate_grad=False)
     return tuple([torch.zeros_like(t) if g is None else g for t, g in zip(inputs, grads, strict=True)])
 
 
@@ -215,7 +226,7 @@ def forward_mode_again() -> AbstractContextManager[None]:
 
 def forward_mode_available() -> bool:
     """Whether torch.func.jvp can be opened here: not inside a plain dual level, and not under Dynamo."""
-    open_to_it = not dual_level_open() or eager_transforms.JVP_NESTING > 0
+    open_to_it = not dual_level_open() or in_jvp()
     return open_to_it and not torch.compiler.is_dynamo_compiling()
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from functorch_inverse import _torch
 
-__all__ = ["Transform", "alive", "has_history", "in_front", "innermost", "is_followed", "is_live", "is_open", "mapped", "peeled"]
+__all__ = ["Transform", "alive", "follows", "has_history", "in_front", "innermost", "is_live", "is_open", "mapped"]
 
 _KINDS = _torch.TransformType
 _VMAP, _GRAD, _JVP, _FUNCTIONALIZE = _KINDS.Vmap, _KINDS.Grad, _KINDS.Jvp, _KINDS.Functionalize
@@ -69,13 +69,6 @@ def innermost() -> Transform | None:
     return None if interpreter is None else Transform(interpreter)
 
 
-def peeled(tensor: Tensor, transform: Transform | None) -> tuple[Tensor, int | None]:
-    """A tensor without what this innermost transform put around it, and the dim that it maps."""
-    if transform is None or _torch.level(tensor) != transform.level:
-        return tensor, None
-    return _torch.unwrapped(tensor), _torch.batch_dim(tensor) if transform.maps else None
-
-
 def alive(tensor: Tensor) -> Tensor:
     """A tensor without what transforms that are closed left around it."""
     while _torch.level(tensor) < -1:
@@ -88,11 +81,10 @@ def in_front(tensor: Tensor, dim: int) -> Tensor:
     return tensor.movedim(dim, 0) if dim else tensor
 
 
-def is_followed(tensor: Tensor, transform: Transform | None) -> bool:
-    """Whether a derivative of this innermost transform, or of plain autograd where it is None, flows through a tensor."""
-    if transform is not None and (transform.maps or _torch.level(tensor) != transform.level):
-        return False
-    return _torch.is_tracked(tensor)
+def follows(transform: Transform | None) -> Callable[[Tensor], bool]:
+    """Whether a derivative of this innermost transform (None: of plain autograd) flows through a tensor of its level."""
+    beside = _torch.in_jvp() and (transform is None or transform.kind != _JVP)
+    return _torch.is_recorded if beside else _torch.is_tracked
 
 
 def is_live(tensor: Tensor) -> bool:
@@ -104,12 +96,17 @@ def is_live(tensor: Tensor) -> bool:
 def _is_live(tensor: Tensor) -> bool:
     if not (_torch.dual_level_open() or _torch.is_wrapped(tensor)):
         return tensor.requires_grad and torch.is_grad_enabled()
+    if _torch.in_jvp() and not (tensor.requires_grad or _torch.is_wrapped(tensor)):
+        return False
     # Tangents show only at their own level: step down through the open transforms to it.
     top, tensor = innermost(), alive(tensor)
-    if top is None or is_followed(tensor, top):
-        return is_followed(tensor, top)
+    if top is None:
+        return follows(None)(tensor)
+    own = _torch.level(tensor) == top.level
+    if own and not top.maps and follows(top)(tensor):
+        return True
     with top.lowered():
-        return _is_live(peeled(tensor, top)[0])
+        return _is_live(_torch.unwrapped(tensor) if own else tensor)
 
 
 def is_open(tensor: Tensor) -> bool:

@@ -245,3 +245,33 @@ class ByValues(Inverting):
 @pytest.mark.parametrize("transform", [jacrev, jacfwd, hessian])
 def test_a_linear_solver_of_values_alone(transform):
     assert_close(transform(box(linear_solver=ByValues()), (0, 1))(X, C), transform(box(), (0, 1))(X, C))
+
+
+# Of few numbers the factors are a copy, of many they lie in the memory of the matrix, and are judged by other means.
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("batch", [4, 2**16 // 20**2 + 1])
+@pytest.mark.parametrize("spoiled", ["equal rows", "a zero column", "nearly", "tiny", "nan", "inf"])
+def test_few_and_many_matrices_are_judged_alike(spoiled, batch, dtype):
+    n, i = 20, 2
+    A, b = (t.to(dtype) for t in systems(batch, n=n))
+    A[i] = {
+        "equal rows": lambda a: torch.cat([a[:-1], a[:1]]),
+        "a zero column": lambda a: torch.cat([a[:, :-1], 0 * a[:, :1]], 1),
+        "nearly": lambda a: torch.cat([a[:-1], a[:1] * (1 + torch.finfo(dtype).eps)]),
+        "tiny": lambda a: a * 1e-30,
+        "nan": lambda a: a.index_fill(1, torch.tensor([3]), torch.nan),
+        "inf": lambda a: a.index_fill(1, torch.tensor([3]), torch.inf),
+    }[spoiled](A[i])
+    singular = spoiled not in ("tiny", "nan", "inf")
+    with torch.no_grad():
+        if singular:
+            with pytest.raises(fi.SingularJacobianError, match=f"1 of {batch} samples"):
+                factorised(fi.LU(), A.clone(), owned=True)
+        found = factorised(fi.LU(on_singular="nan"), A.clone(), owned=True).solve(b)
+        kept = A.clone()
+        factorised(fi.LU(on_singular="nan"), kept).solve(b)
+    assert torch.equal(kept.nan_to_num(), A.nan_to_num())
+    assert found[i].isnan().all() == (spoiled != "tiny")
+    others = [k for k in range(batch) if k != i or spoiled == "tiny"]
+    residual = (A[others] @ found[others][..., None])[..., 0] - b[others]
+    assert (residual.abs().amax(-1) <= 100 * torch.finfo(dtype).eps * b[others].abs().amax(-1) * n).all()

@@ -1,0 +1,177 @@
+"""Down through the open transforms and back: nothing stays open, nothing is missed, and nothing taken for another level's."""
+
+import sys
+import types
+
+import pytest
+import torch
+from helpers import assert_close
+from torch.autograd import forward_ad
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+
+import functorch_inverse as fi
+from functorch_inverse import _torch, _transforms
+
+torch.manual_seed(0)
+A = torch.randn(3, 3, dtype=torch.float64) / 3
+X = torch.randn(4, 3, dtype=torch.float64)
+
+
+def f(y):
+    return y + 0.5 * torch.tanh(y @ A.T)
+
+
+STACKS = {
+    "grad": lambda g: grad(lambda x: g(x).sum())(X[0]),
+    "jvp": lambda g: jvp(g, (X[0],), (X[1],)),
+    "vmap(jacrev)": lambda g: vmap(jacrev(g))(X),
+    "vmap(jacfwd)": lambda g: vmap(jacfwd(g))(X),
+    "jacrev(vmap)": lambda g: jacrev(vmap(g))(X),
+    "vmap(hessian)": lambda g: vmap(hessian(lambda x: g(x).sum()))(X),
+    "jvp(grad)": lambda g: jvp(grad(lambda x: torch.sin(g(x)).sum()), (X,), (X,)),
+    "grad(grad)": lambda g: grad(lambda x: grad(lambda x: g(x).square().sum())(x).sum())(X[0]),
+    "backward": lambda g: torch.autograd.grad(g(X.clone().requires_grad_()).sum(), ()),
+}
+every_stack = pytest.mark.parametrize("stack", STACKS.values(), ids=STACKS)
+
+
+def assert_nothing_is_open():
+    assert _transforms.innermost() is None
+    assert not _torch.single_level_allowed() and not _torch.in_jvp()
+    assert forward_ad._current_level == -1
+    assert torch.is_grad_enabled()
+    assert torch.equal(vmap(grad(torch.sin))(X[0]), X[0].cos())
+
+
+@every_stack
+@pytest.mark.parametrize("where", ["g", "f"])
+def test_nothing_stays_open_after_an_error(stack, where):
+    class Mine(Exception):
+        pass
+
+    def fails(_):
+        raise Mine
+
+    def g(x):
+        return X.expand_as(x) if x.ndim > 1 else X[0]
+
+    broken = fi.custom_inverse(*((fails, f) if where == "g" else (g, fails)), event_dim=1)
+    with pytest.raises((Mine, fi.FunctorchInverseError, RuntimeError, ValueError)) as caught:
+        stack(broken)
+    assert where == "g" or isinstance(caught.value, Mine) or stack is STACKS["backward"]
+    assert_nothing_is_open()
+
+
+@every_stack
+def test_nothing_stays_open_after_an_answer(stack):
+    if stack is not STACKS["backward"]:
+        stack(fi.invert(f, event_dim=1))
+    assert_nothing_is_open()
+
+
+def test_under_no_grad_outside():
+    """A transform opened under no_grad leaves autograd switched off beneath it."""
+    weight = A.clone().requires_grad_()
+    g = fi.invert(lambda y, w: y + 0.5 * torch.tanh(y @ w.T), event_dim=1)
+    with torch.no_grad():
+        first = grad(lambda x: g(x, weight).sum())(X)
+        moved = jvp(lambda x: g(x, weight), (X,), (X,))[1]
+        both = jvp(grad(lambda x: g(x, weight).square().sum()), (X,), (X,))[1]
+    assert_close(first, grad(lambda x: g(x, A).sum())(X))
+    assert_close(moved, jvp(lambda x: g(x, A), (X,), (X,))[1])
+    assert_close(both, jvp(grad(lambda x: g(x, A).square().sum()), (X,), (X,))[1])
+
+
+def test_a_plain_dual_level_inside_grad():
+    """There, tangents are beside a reverse mode, on the tensors of its own level."""
+    g = fi.invert(f, event_dim=1)
+
+    def moved(x):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(g(forward_ad.make_dual(x, X))).tangent.sum()
+
+    y, step = g(X), 1e-6
+    J = torch.eye(3, dtype=X.dtype) + 0.5 * (1 - torch.tanh(y @ A.T) ** 2)[..., None] * A
+    assert_close(moved(X), torch.linalg.solve(J, X[..., None]).sum())
+    difference = (moved(X + step * X.cos()) - moved(X - step * X.cos())) / (2 * step)
+    torch.testing.assert_close((grad(moved)(X) * X.cos()).sum(), difference, rtol=1e-6, atol=1e-8)
+
+
+# --- what f reads besides --------------------------------------------------------------------------
+
+SPACE = "a_module_that_appears_in_a_test"
+
+
+@pytest.fixture
+def held():
+    """Something that f reads at a place which no walk finds."""
+    module = types.ModuleType(SPACE)
+    module.c = torch.tensor(0.5, dtype=torch.float64)
+    sys.modules[SPACE] = module
+    yield module
+    del sys.modules[SPACE]
+
+
+def reads(y):
+    return y + sys.modules["_".join(["a", "module", "that", "appears", "in", "a", "test"])].c * torch.tanh(y @ A.T)
+
+
+MAPPED = {"plain": lambda g: g, "vmap": vmap, "vmap(vmap)": lambda g: vmap(vmap(g))}
+
+
+@pytest.mark.parametrize("mapped", MAPPED.values(), ids=MAPPED)
+@pytest.mark.parametrize("grad_enabled", [False, True])
+def test_a_live_tensor_that_appears_after_the_call_is_an_error(held, mapped, grad_enabled):
+    x = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
+    y = mapped(fi.custom_inverse(lambda x: x.clone(), reads, event_dim=1))(x)
+    held.c = held.c.clone().requires_grad_()
+    with pytest.raises(fi.NoDerivativeError, match="derivative would"):
+        torch.autograd.grad(y.sum(), x, create_graph=grad_enabled)
+
+
+@pytest.mark.parametrize("mapped", MAPPED.values(), ids=MAPPED)
+def test_what_appears_without_derivative_is_read(held, mapped):
+    x = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
+    y = mapped(fi.custom_inverse(lambda x: x.clone(), reads, event_dim=1))(x)
+    J = torch.eye(3, dtype=x.dtype) + 0.5 * (1 - torch.tanh(x.detach() @ A.T) ** 2)[..., None] * A
+    want = torch.linalg.solve(J.mT, torch.ones_like(x)[..., None])[..., 0]
+    assert_close(torch.autograd.grad(y.sum(), x)[0], want.detach())
+
+
+# --- vmap without its checks -----------------------------------------------------------------------
+
+
+def test_the_short_vmap_is_vmap():
+    def function(a, b, c):
+        return a * b + c, b.sum(0), c
+
+    a, b, c = torch.randn(3, 5), torch.randn(2, 3), torch.randn(3)
+    dims = (1, None, None)
+    for got, want in zip(_transforms.mapped(function, dims, "error", (a, b, c)), vmap(function, dims)(a, b, c), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("randomness", ["same", "different"])
+def test_the_short_vmap_draws_as_vmap_does(randomness):
+    def function(a):
+        return (a + torch.rand(3),)
+
+    zeros = torch.zeros(4, 3)
+    torch.manual_seed(1)
+    (got,) = _transforms.mapped(function, (0,), randomness, (zeros,))
+    torch.manual_seed(1)
+    assert torch.equal(got, vmap(function, randomness=randomness)(zeros)[0])
+    with pytest.raises(RuntimeError, match="randomness"):
+        _transforms.mapped(function, (0,), "error", (zeros,))
+    assert_nothing_is_open()
+
+
+def test_a_random_f_is_drawn_as_the_vmap_says():
+    """The noise does not reach the derivative, but it has to be drawn."""
+    g = fi.custom_inverse(lambda x: x.clone(), lambda y: 2 * y + 0 * torch.rand(3, dtype=y.dtype), event_dim=1)
+    x = X.clone().requires_grad_()
+    for randomness in ("same", "different"):
+        (found,) = torch.autograd.grad(vmap(g, randomness=randomness)(x).sum(), x)
+        assert_close(found, torch.full_like(X, 0.5))
+    with pytest.raises(RuntimeError, match="randomness"):
+        torch.autograd.grad(vmap(g)(x).sum(), x)
