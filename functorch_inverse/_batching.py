@@ -104,7 +104,7 @@ def _sample_dims(box: BlackBox, tensors: Sequence[Tensor], batched: Sequence[boo
 def _surplus(box: BlackBox, tensors: Sequence[Tensor], batched: Sequence[bool]) -> int:
     """How many dims the largest unbatched argument has more than x."""
     others = [t.ndim for i, t in enumerate(tensors) if i not in box.x_places and not batched[i]]
-    return max(0, max(others, default=0) - _sample_dims(box, tensors, batched))
+    return max(0, max(others) - _sample_dims(box, tensors, batched)) if others else 0
 
 
 def _broadcast(box: BlackBox, tensors: Sequence[Tensor], batched: Sequence[bool], size: int) -> tuple[Tensor, ...]:
