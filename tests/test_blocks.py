@@ -241,3 +241,19 @@ def test_beneath_another_vmap(jacobian):
         tanh = torch.tanh(y[i] @ A.T)
         A_i = 2 * torch.eye(N, dtype=torch.float64) + scale[i] * (1 - tanh**2)[..., None] * A
         assert_close(found[i], whole(torch.linalg.inv(A_i)))
+
+
+@JACOBIANS
+def test_other_solvers(jacobian):
+    y = drawn(SAMPLES)
+    lower = torch.tril(A) + 2 * torch.eye(N, dtype=A.dtype)
+    g = fi.custom_inverse(lambda x: y.clone(), lambda y: y @ lower.T, event_dim=1, linear_solver=fi.Triangular(lower=True))
+    assert_close(jacobian(g)(y @ lower.T), whole(torch.linalg.inv(lower).expand(SAMPLES, N, N)))
+    wide = torch.cat([lower, A[:, :1]], 1)
+    z = drawn(SAMPLES, n=N + 1)
+    g = fi.custom_inverse(lambda x: z.clone(), lambda y: y @ wide.T, event_dim=1, linear_solver=fi.LeastSquares())
+    found, inverse = jacobian(g)(z @ wide.T), torch.linalg.pinv(wide)
+    assert found.shape == (SAMPLES, N + 1, SAMPLES, N)
+    for i in range(SAMPLES):
+        assert_close(found[i, :, i], inverse)
+    assert torch.count_nonzero(found) <= SAMPLES * inverse.numel()

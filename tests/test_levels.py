@@ -1,7 +1,9 @@
 """Down through the open transforms and back: nothing stays open, nothing is missed, and nothing taken for another level's."""
 
+import gc
 import sys
 import types
+import weakref
 
 import pytest
 import torch
@@ -175,3 +177,30 @@ def test_a_random_f_is_drawn_as_the_vmap_says():
         assert_close(found, torch.full_like(X, 0.5))
     with pytest.raises(RuntimeError, match="randomness"):
         torch.autograd.grad(vmap(g)(x).sum(), x)
+
+
+# --- what is kept ----------------------------------------------------------------------------------
+
+
+@every_stack
+def test_nothing_outlives_the_call(stack):
+    """Freed at once, not when the garbage collector comes."""
+    if stack is STACKS["backward"]:
+        return
+    kept = []
+
+    def watched(y):
+        z = torch.tanh(y @ A.T)
+        kept.append(weakref.ref(z))
+        return y + 0.5 * z
+
+    def g(x):
+        return X.expand_as(x).clone() if x.ndim > 1 else X[0].clone()
+
+    gc.collect()
+    gc.disable()
+    try:
+        stack(fi.custom_inverse(g, watched, event_dim=1))
+        assert kept and not any(z() is not None for z in kept)
+    finally:
+        gc.enable()
