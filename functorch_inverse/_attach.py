@@ -7,7 +7,7 @@ that leaves the values as they are.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -82,6 +82,7 @@ class _Attachment:
     rule: Rule
     n_y: int
     n_x: int
+    has_derivative: ClassVar[bool] = True
 
     def itself(self, tensors: Tensors) -> None:
         """The rule knows the derivative."""

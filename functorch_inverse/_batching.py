@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,13 +21,12 @@ def evaluate(box: BlackBox, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     if torch.compiler.is_dynamo_compiling():
         given = (*(t.detach() for t in tensors[: box.blind]), *tensors[box.blind :])
         return box.unpack(box.call(given), given)
-    plain = tuple(t.detach() for t in tensors)
-    found: tuple[Tensor, ...] = announced(_evaluate, plain, box)
+    found: tuple[Tensor, ...] = announced(_evaluate, tuple(tensors), box)
     return found
 
 
 def _evaluate(tensors: Sequence[Tensor], box: BlackBox) -> tuple[Tensor, ...]:
-    return _values(box, tensors) if _torch.transforms_active() else box(*tensors)
+    return _values(box, tensors) if _torch.transforms_active() else box(*[t.detach() for t in tensors])
 
 
 def _values(box: BlackBox, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -36,15 +35,16 @@ def _values(box: BlackBox, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True, eq=False)
 class _Evaluation:
-    """Values without derivative, of tensors that nobody follows."""
+    """Values without derivative, whoever follows the tensors."""
 
     box: BlackBox
+    has_derivative: ClassVar[bool] = False
 
-    def itself(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        return self.values(tensors)
+    def itself(self, tensors: Sequence[Tensor]) -> None:
+        """There is nothing to be followed."""
 
     def values(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        return self.box(*(t.detach() for t in tensors))
+        return self.box(*[t.detach() for t in tensors])
 
     def mapped(self, dims: Dims, size: int, randomness: str, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Dims]:
         box, batched = self.box, [d is not None for d in dims]

@@ -3,7 +3,7 @@
 import inspect
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, TypeAlias, cast
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -32,13 +32,17 @@ class _Peeled(NamedTuple):
     followed: bool
 
     @staticmethod
-    def of(tensors: Tensors, transform: Transform | None) -> "_Peeled":
+    def of(tensors: Tensors, transform: Transform | None, has_derivative: bool = True) -> "_Peeled":
         with _torch.no_functions():  # a mode would answer for what stands in for a tensor
-            return _peel(tensors, transform)
+            return _peel(tensors, transform, follows(transform) if has_derivative else _never)
 
 
-def _peel(tensors: Tensors, transform: Transform | None) -> _Peeled:
-    tensors, is_followed = [alive(t) for t in tensors], follows(transform)
+def _never(_: Tensor) -> bool:
+    return False
+
+
+def _peel(tensors: Tensors, transform: Transform | None, is_followed: Callable[[Tensor], bool]) -> _Peeled:
+    tensors = [alive(t) for t in tensors]
     if transform is None:
         return _Peeled(tensors, tensors, _nothing(tensors), any(map(is_followed, tensors)))
     now, maps = transform.level, transform.maps
@@ -56,6 +60,9 @@ def _nothing(tensors: Tensors) -> Dims:
 
 class Task(Protocol):
     """What is computed of some tensors, whatever is open."""
+
+    # If not, the values are what they are, whoever follows the tensors.
+    has_derivative: ClassVar[bool]
 
     def itself(self, tensors: Tensors) -> Tensors | None:
         """The outputs by operations that everybody can differentiate; None from an `Attached` one."""
@@ -89,7 +96,7 @@ class Attached(Task, Protocol):
 def run(task: Task, tensors: Tensors) -> tuple[Tensor, ...]:
     """The outputs of a task: open transforms are taken off one by one, cheaper than torch does it."""
     top = _understood()
-    tensors, inner, dims, is_followed = _Peeled.of(tensors, top)
+    tensors, inner, dims, is_followed = _Peeled.of(tensors, top, task.has_derivative)
     if is_followed:
         itself = task.itself(tensors)
         return followed(cast(Attached, task), top, inner, tensors) if itself is None else tuple(itself)

@@ -9,7 +9,7 @@ where <w, A^T u> is the derivative of <u, f> along w. So A is never differentiat
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from typing import Any, ClassVar, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -46,6 +46,7 @@ class _Task:
     n_b: int
     n_y: int
     columns: int
+    has_derivative: ClassVar[bool] = True
 
     def itself(self, tensors: Tensors) -> Tensors | None:
         """u, where its derivatives are those of the operations that find it."""
