@@ -149,7 +149,7 @@ def is_tracked(tensor: Tensor) -> bool:
 
 
 def in_jvp() -> bool:
-    """Whether torch.func.jvp is open: then tangents are at its levels alone, since no plain dual level can be open as well."""
+    """Whether torch.func.jvp is open: then no plain tensor has a tangent, since no plain dual level can be open as well."""
     return eager_transforms.JVP_NESTING > 0
 
 

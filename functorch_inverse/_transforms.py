@@ -83,8 +83,7 @@ def in_front(tensor: Tensor, dim: int) -> Tensor:
 
 def follows(transform: Transform | None) -> Callable[[Tensor], bool]:
     """Whether a derivative of this innermost transform (None: of plain autograd) flows through a tensor of its level."""
-    beside = _torch.in_jvp() and (transform is None or transform.kind != _JVP)
-    return _torch.is_recorded if beside else _torch.is_tracked
+    return _torch.is_recorded if transform is None and _torch.in_jvp() else _torch.is_tracked
 
 
 def is_live(tensor: Tensor) -> bool:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import assert_close
 from torch.autograd import forward_ad
-from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import functorch_inverse as fi
 from functorch_inverse import _torch, _transforms
@@ -97,6 +97,19 @@ def test_a_plain_dual_level_inside_grad():
     assert_close(moved(X), torch.linalg.solve(J, X[..., None]).sum())
     difference = (moved(X + step * X.cos()) - moved(X - step * X.cos())) / (2 * step)
     torch.testing.assert_close((grad(moved)(X) * X.cos()).sum(), difference, rtol=1e-6, atol=1e-8)
+
+
+def test_a_dual_number_made_by_hand_inside_jvp():
+    """Its tangent is on a tensor of the level of reverse mode, although torch.func.jvp is open further out."""
+    g = fi.invert(f, event_dim=1)
+    w, t = X.flip(0), X.roll(1, 0)
+
+    def push():
+        return forward_ad.unpack_dual(g(forward_ad.make_dual(w, t))).tangent
+
+    found, _ = jvp(lambda x: vjp(lambda z: z * push(), x)[0], (X,), (X,))
+    J = torch.eye(3, dtype=X.dtype) + 0.5 * (1 - torch.tanh(g(w) @ A.T) ** 2)[..., None] * A
+    assert_close(found, X * torch.linalg.solve(J, t[..., None])[..., 0])
 
 
 # --- what f reads besides --------------------------------------------------------------------------
