@@ -20,7 +20,7 @@ from functorch_inverse._rules import Rule
 from functorch_inverse._transforms import alive, in_front
 from functorch_inverse._vectors import Like
 
-__all__ = ["attach", "attach_plainly"]
+__all__ = ["attach", "attach_plainly", "pulled_back"]
 
 Optional: TypeAlias = Sequence[Tensor | None]
 
@@ -102,7 +102,7 @@ class _Attachment:
     def keep(self, ctx: Any, tensors: Tensors, output: Tensors) -> None:
         """What the derivatives will need."""
         first, after = self.n_y, self.n_y + self.n_x
-        ctx.kept = (None, None)
+        ctx.rule, ctx.n_y, ctx.n_x, ctx.kept = self.rule, self.n_y, self.n_x, (None, None)
         ctx.x = [Like(t.shape, t.dtype) for t in tensors[first:after]]
         # y is saved as an output: its own dependence on x and theta gives the higher orders.
         saved = (*output, *tensors[after:])
@@ -110,25 +110,8 @@ class _Attachment:
         ctx.save_for_forward(*saved)
 
     def backward(self, ctx: Any, needed: Sequence[bool], v: Optional) -> Optional:
-        saved, first, after = ctx.saved_tensors, self.n_y, self.n_y + self.n_x
-        y, theta = saved[:first], saved[first:]
-        wanted = [i for i, flag in enumerate(needed[after:]) if flag]
-        plain = _torch.plain()
-        with _torch.full_precision(y[0]):
-            pull = ctx.kept[1] if plain and ctx.kept[0] == wanted else self.rule.vjp(y, theta, ctx.x, wanted)
-            u, received = pull(v)
-        # The factors serve the next backward of this node, and go with the graph.
-        kept = _torch.graph_is_kept()
-        ctx.kept = (wanted, pull) if plain and kept else (None, None)
-        if not kept:
-            self.rule.forget()
-        grads: list[Tensor | None] = [None] * len(needed)
-        for i, (t, like) in enumerate(zip(u, ctx.x, strict=True), first):
-            if needed[i]:
-                grads[i] = t.to(like.dtype)
-        for i, t in zip(wanted, received, strict=True):
-            grads[after + i] = t
-        return grads
+        """What all tensors receive."""
+        return pulled_back(ctx, ctx.saved_tensors, v)[-len(needed) :]
 
     def jvp(self, ctx: Any, tangents: Optional) -> Optional:
         saved: list[Any] = [_torch.primal(t) for t in ctx.saved_tensors]
@@ -139,3 +122,27 @@ class _Attachment:
         sizes = zip(moved, ctx.x, strict=False)
         dx = [y[0].new_zeros(shape, dtype=dtype) if t is None else t for t, (shape, dtype) in sizes]
         return self.rule.jvp(y, theta, dx, moved[self.n_x :])
+
+
+def pulled_back(ctx: Any, saved: Tensors, v: Optional) -> tuple[Tensor | None, ...]:
+    """What all inputs receive; saved tensors may be read only once."""
+    needed, first = ctx.needs_input_grad, 3 + ctx.n_y
+    nothing: list[Tensor | None] = [None] * len(needed)
+    after = first + ctx.n_x
+    y, theta = saved[: ctx.n_y], saved[ctx.n_y :]
+    wanted = [i for i, flag in enumerate(needed[after:]) if flag]
+    plain = _torch.plain()
+    with _torch.full_precision(y[0]):
+        pull = ctx.kept[1] if plain and ctx.kept[0] == wanted else ctx.rule.vjp(y, theta, ctx.x, wanted)
+        u, received = pull(v)
+    # The factors serve the next backward of this node, and go with the graph.
+    kept = _torch.graph_is_kept()
+    ctx.kept = (wanted, pull) if plain and kept else (None, None)
+    if not kept:
+        ctx.rule.forget()
+    for i, (t, like) in enumerate(zip(u, ctx.x, strict=True), first):
+        if needed[i]:
+            nothing[i] = t.to(like.dtype)
+    for i, t in zip(wanted, received, strict=True):
+        nothing[after + i] = t
+    return tuple(nothing)
