@@ -19,7 +19,7 @@ from functorch_inverse._levels import Dims, run, signed
 from functorch_inverse._rules import Rule
 from functorch_inverse._vectors import Like
 
-__all__ = ["attach", "attach_plainly"]
+__all__ = ["attach", "attach_plainly", "backward"]
 
 
 def attach(rule: Rule, y: Tensors, x: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
@@ -176,3 +176,6 @@ class _Plain(Function):
         return output
 
     backward, jvp = staticmethod(_Attach.backward), staticmethod(_Attach.jvp)
+
+
+backward = _Attach.backward

@@ -26,6 +26,9 @@ try:
         _TorchDispatchModeKey,
     )
 
+    # Who watches operations below autograd.
+    from torch._C import _len_torch_dispatch_stack as dispatch_modes_open
+
     # Whether another backward pass through the same graph may come.
     from torch._C._autograd import _get_current_graph_task_keep_graph as graph_is_kept
 
@@ -41,6 +44,7 @@ try:
 
     # A small backward pass without the checks of torch.autograd.grad, which cost as much again.
     from torch.autograd.variable import Variable
+    from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
 
     # The containers in which torch functions take and return tensors.
     from torch.utils._pytree import tree_leaves, tree_map
@@ -56,11 +60,12 @@ except (ImportError, AttributeError) as error:
 Tensors: TypeAlias = tuple[Tensor, ...]
 
 __all__ = [
-    "add_batch_dim", "alive", "at_current_level", "can_inspect", "can_record", "derivative_order", "dual_level_open",
-    "fake_mode", "forward_levels", "forward_mode", "forward_mode_again", "forward_mode_available", "full_precision",
-    "function_mode_active", "functionalizes", "graph_grad", "graph_is_kept", "has_history", "innermost", "is_followed",
-    "is_legacy_batched", "is_live", "is_mapping", "is_open", "is_wrapped", "level", "mark", "no_functions",
-    "no_torch_function", "peeled", "plain", "primal", "recording", "saved_tensors_have_hooks", "shapes_into",
+    "DispatchMode", "add_batch_dim", "alive", "at_current_level", "autocasts", "can_inspect", "can_record", "close_vmap",
+    "derivative_order", "dispatch_modes_open", "dual_level_open", "fake_mode", "forward_levels", "forward_mode",
+    "forward_mode_again", "forward_mode_available", "full_precision", "function_mode_active", "functionalizes",
+    "graph_grad", "graph_is_kept", "has_history", "innermost", "is_followed", "is_legacy_batched", "is_live", "is_mapping",
+    "is_open", "is_wrapped", "level", "mark", "no_functions", "no_torch_function", "open_vmap", "peeled", "plain",
+    "plain_apply", "primal", "recording", "remove_batch_dim", "saved_tensors_have_hooks", "shapes_into",
     "traced_derivatives_possible", "traced_transforms", "transforms_active", "tree_leaves", "tree_map", "undisturbed",
     "wrap_for_grad", "wrapper",
 ]  # fmt: skip
@@ -69,6 +74,8 @@ no_torch_function: Any = _disabled_torch_function_impl
 _run_backward: Any = Variable._execution_engine.run_backward
 is_wrapped = _functorch.is_functorch_wrapped_tensor
 add_batch_dim, wrap_for_grad = _functorch._add_batch_dim, _functorch._wrap_for_grad
+open_vmap, close_vmap = _functorch._vmap_increment_nesting, _functorch._vmap_decrement_nesting
+remove_batch_dim = _functorch._remove_batch_dim
 forward_mode = forward_ad._set_fwd_grad_enabled
 _NO_CONTEXT = nullcontext()
 
@@ -293,8 +300,17 @@ def primal(tensor: Tensor | None) -> Tensor | None:
     return forward_ad.unpack_dual(tensor).primal
 
 
+def autocasts(tensor: Tensor) -> bool:
+    """Whether operations with a tensor change its precision."""
+    kind = tensor.device.type
+    return (kind == "cpu" or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)
+
+
 def full_precision(tensor: Tensor) -> AbstractContextManager[None]:
     """Autocast switched off: derivatives are computed in the precision of their inputs."""
-    kind = tensor.device.type
-    enabled = (kind == "cpu" or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if enabled else _NO_CONTEXT
+    return torch.autocast(tensor.device.type, enabled=False) if autocasts(tensor) else _NO_CONTEXT
+
+
+def plain_apply(function: Any) -> Any:
+    """The apply of an autograd.Function for those who know that no transform is open: torch asks at every call."""
+    return super(torch.autograd.Function, function).apply
