@@ -17,8 +17,8 @@ from functorch_inverse import _torch
 __all__ = ["Deferred", "ForGraph"]
 
 _aten = torch.ops.aten
-# Operations that keep no result for their derivative; and how many numbers, times the operations of f, make it worth while.
-_FEW, _MANY = 2**11, 2**14
+# Operations that keep no result for their derivative; and how many bytes, for each operation of f, make it worth while.
+_FEW, _MANY = 2**16, 2**18
 FORGETFUL: dict[Any, int] = {
     **dict.fromkeys((
         _aten.sin.default, _aten.cos.default, _aten.sinh.default, _aten.cosh.default, _aten.asin.default, _aten.acos.default,
@@ -41,7 +41,7 @@ class ForGraph:
 
     def __call__(self, y: Tensor, *args: Tensor) -> Any:
         """f(y, *args)."""
-        if y.numel() < self.worth or _torch.dispatch_modes_open():
+        if y.nbytes < self.worth or _torch.dispatch_modes_open():
             return self.f(y, *args)
         run = _Run(y, *self.last)
         try:

@@ -11,7 +11,7 @@ from functorch_inverse import _deferred
 from functorch_inverse._deferred import Deferred, ForGraph
 
 _aten = torch.ops.aten
-SIZE = 2**15
+SIZE = 2**16
 NAMES = sorted({op.overloadpacket.__name__ for op in _deferred.FORGETFUL})
 
 
@@ -84,7 +84,7 @@ def functions(name):
 def test_every_operation(name, dtype, monkeypatch):
     kinds = last_value(monkeypatch)
     for f in functions(name):
-        y = points(dtype, 2**17)
+        y = points(dtype, 2**18)
         truth = expected(f, y)
         for got in gradients(f, y):
             assert all(map(torch.equal, got, truth))
