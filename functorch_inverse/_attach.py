@@ -5,6 +5,7 @@ for. Under Dynamo, which drops the rules of a Function inside a transform, as an
 that leaves the values as they are.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from functorch_inverse._levels import Dims, run, signed
 from functorch_inverse._rules import Rule
 from functorch_inverse._vectors import Like
 
-__all__ = ["attach", "attach_plainly", "backward"]
+__all__ = ["attach", "attach_plainly", "pulled_back"]
 
 
 def attach(rule: Rule, y: Tensors, x: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
@@ -126,28 +127,9 @@ class _Attach(Function):
 
     @staticmethod
     def backward(ctx: Any, *v: Tensor | None) -> tuple[Tensor | None, ...]:
-        needed, first = ctx.needs_input_grad, 3 + ctx.n_y
-        nothing: list[Tensor | None] = [None] * len(needed)
         if all(c is None for c in v):
-            return tuple(nothing)
-        saved, after = ctx.saved_tensors, first + ctx.n_x
-        y, theta = saved[: ctx.n_y], saved[ctx.n_y :]
-        wanted = [i for i, flag in enumerate(needed[after:]) if flag]
-        plain = _torch.plain()
-        with _torch.full_precision(y[0]):
-            pull = ctx.kept[1] if plain and ctx.kept[0] == wanted else ctx.rule.vjp(y, theta, ctx.x, wanted)
-            u, received = pull(v)
-        # The factors serve the next backward of this node, and go with the graph.
-        kept = _torch.graph_is_kept()
-        ctx.kept = (wanted, pull) if plain and kept else (None, None)
-        if not kept:
-            ctx.rule.forget()
-        for i, (t, like) in enumerate(zip(u, ctx.x, strict=True), first):
-            if needed[i]:
-                nothing[i] = t.to(like.dtype)
-        for i, t in zip(wanted, received, strict=True):
-            nothing[after + i] = t
-        return tuple(nothing)
+            return (None,) * len(ctx.needs_input_grad)
+        return pulled_back(ctx, ctx.saved_tensors, v)
 
     @staticmethod
     def jvp(ctx: Any, _rule: None, _n_y: None, _n_x: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -166,6 +148,30 @@ class _Attach(Function):
         return _Attachment(rule, n_y, n_x).mapped(in_dims[3:], info.batch_size, info.randomness, tensors)
 
 
+def pulled_back(ctx: Any, saved: Tensors, v: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """What all inputs receive; saved tensors may be read only once."""
+    needed, first = ctx.needs_input_grad, 3 + ctx.n_y
+    nothing: list[Tensor | None] = [None] * len(needed)
+    after = first + ctx.n_x
+    y, theta = saved[: ctx.n_y], saved[ctx.n_y :]
+    wanted = [i for i, flag in enumerate(needed[after:]) if flag]
+    plain = _torch.plain()
+    with _torch.full_precision(y[0]):
+        pull = ctx.kept[1] if plain and ctx.kept[0] == wanted else ctx.rule.vjp(y, theta, ctx.x, wanted)
+        u, received = pull(v)
+    # The factors serve the next backward of this node, and go with the graph.
+    kept = _torch.graph_is_kept()
+    ctx.kept = (wanted, pull) if plain and kept else (None, None)
+    if not kept:
+        ctx.rule.forget()
+    for i, (t, like) in enumerate(zip(u, ctx.x, strict=True), first):
+        if needed[i]:
+            nothing[i] = t.to(like.dtype)
+    for i, t in zip(wanted, received, strict=True):
+        nothing[after + i] = t
+    return tuple(nothing)
+
+
 class _Plain(Function):
     """The same where no transform is open: without `setup_context` torch calls it in half the time."""
 
@@ -176,6 +182,3 @@ class _Plain(Function):
         return output
 
     backward, jvp = staticmethod(_Attach.backward), staticmethod(_Attach.jvp)
-
-
-backward = _Attach.backward

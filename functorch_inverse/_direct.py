@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from functorch_inverse import _torch
-from functorch_inverse._attach import attach_plainly, backward
+from functorch_inverse._attach import attach_plainly, pulled_back
 from functorch_inverse._call import Given, Values, solve
 from functorch_inverse._capture import Captured
 from functorch_inverse._chunks import chunk_of, jacobian, widest
@@ -187,14 +187,15 @@ class _Short(Function):
 
     @staticmethod
     def backward(ctx: Any, v: Tensor | None) -> tuple[Tensor | None, ...]:
+        if v is None:
+            return (None,) * len(ctx.needs_input_grad)
+        saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[5:]
         # Where there have been other derivatives, their factors serve this one.
-        if v is None or ctx.rule is not None or not _torch.plain() or _torch.autocasts(v):
-            return _generally(ctx, v)
-        y, *theta = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[5:]
-        pull = ctx.kept[1] if ctx.kept is not None and ctx.kept[0] == wanted else ctx.way.pull(y, theta, wanted)
+        if ctx.rule is not None or not _torch.plain() or _torch.autocasts(v):
+            return _generally(ctx, saved, v)
+        pull = ctx.kept[1] if ctx.kept is not None and ctx.kept[0] == wanted else ctx.way.pull(saved[0], saved[1:], wanted)
         if pull is None:
-            return _generally(ctx, v)
+            return _generally(ctx, saved, v)
         # The factors serve the next backward of this node, and go with the graph.
         ctx.kept = (wanted, pull) if _torch.graph_is_kept() else None
         u = pull.solve(v)
@@ -205,8 +206,7 @@ class _Short(Function):
 _apply = _torch.plain_apply(_Short)
 
 
-def _generally(ctx: Any, v: Tensor | None) -> tuple[Tensor | None, ...]:
+def _generally(ctx: Any, saved: Tensors, v: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.rule is None:
-        y = ctx.saved_tensors[0]
-        ctx.rule, ctx.n_y, ctx.n_x, ctx.x, ctx.kept = ctx.way.rule(), 1, 1, [Like(y.shape, y.dtype)], (None, None)
-    return backward(ctx, v)
+        ctx.rule, ctx.n_y, ctx.n_x, ctx.x, ctx.kept = ctx.way.rule(), 1, 1, [Like(v.shape, v.dtype)], (None, None)
+    return pulled_back(ctx, saved, (v,))
