@@ -161,7 +161,9 @@ class Captured:
             _compare(self.reach, reach)
         if any(map(has_history, self.loose)):
             self.sight.forget()
-        if not (self.versions or self.frozen):
+        if not (self.loose or self.frozen):
+            if tuple(map(_version, self.reach.tensors)) != self.versions:
+                _refuse_exchanged("changed in place")
             return
         captured = {id(t) for t in self.loose}
         versions = [(t, v) for t, v in zip(self.reach.tensors, self.versions, strict=True) if id(t) not in captured]

@@ -26,8 +26,8 @@ def check_chunk_size(caller: str, chunk_size: Any) -> None:
         )
 
 
-# In multiples of the Jacobian; and so many numbers are never too many.
-_SHARE, _FEW = 4, 2**20
+# In multiples of the Jacobian; so many numbers, and so many rows, are never too many.
+_SHARE, _FEW, _AT_ONCE = 4, 2**20, 3
 
 
 def chunk_of(chunk_size: int | None, rows: int, numbers: int, width: Callable[[], int | None]) -> int:
@@ -35,7 +35,7 @@ def chunk_of(chunk_size: int | None, rows: int, numbers: int, width: Callable[[]
     `width()` numbers on its way.
     """
     if chunk_size is None:
-        wide = None if rows <= 1 or torch.compiler.is_dynamo_compiling() else width()
+        wide = None if rows <= _AT_ONCE or torch.compiler.is_dynamo_compiling() else width()
         chunk_size = max(_SHARE * numbers, _FEW) // wide if wide else rows
     return max(1, min(chunk_size, rows))
 

@@ -3,25 +3,25 @@
 What any other call has to find out about pytrees, event dims and closures is kept here from one call to the next.
 """
 
-import functools
 import operator
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from functorch_inverse import _torch
-from functorch_inverse._attach import attach_plainly
+from functorch_inverse._attach import attach_plainly, pulled_back
 from functorch_inverse._call import Given, Values, solve
 from functorch_inverse._capture import Captured
 from functorch_inverse._chunks import chunk_of, jacobian, widest
-from functorch_inverse._dense import factorised
+from functorch_inverse._deferred import Deferred, ForGraph
 from functorch_inverse._graph import Graph, check_graph
 from functorch_inverse._inverse import InverseProblem
 from functorch_inverse._pullback import Tensors, in_torch
-from functorch_inverse._rules import ImplicitRule, Pull
+from functorch_inverse._rules import ImplicitRule
 from functorch_inverse._tree import ONE_TENSOR, PLAIN, Tree
 from functorch_inverse._values import is_array, output
 from functorch_inverse._vectors import Like
@@ -32,6 +32,8 @@ __all__ = ["solve_inverse"]
 
 _has_graph = operator.attrgetter("requires_grad")
 _DTYPES = (torch.float64, torch.float32)
+_RESULTS = (Tensor, Deferred)
+_LARGE = 2**12
 
 
 def solve_inverse(problem: InverseProblem, x: Tree, args: tuple[Tree, ...], kwargs: dict[str, Any]) -> Tree:
@@ -54,7 +56,7 @@ def solve_inverse(problem: InverseProblem, x: Tree, args: tuple[Tree, ...], kwar
     y = output(result, x, plain) if is_array(result) else None
     if y is None or y.shape != x.shape or y.dtype is not x.dtype:
         return solve(replace(problem, g=_Returned(result)), x, args, {})
-    return attach_plainly(_rule(problem, y, x, args, seen), y, x, (*args, *outer.tensors)) if live else y
+    return _attached(_way(problem, y, x, args, seen), y, x, args) if live else y
 
 
 def _is_plain(leaf: Any) -> bool:
@@ -62,10 +64,10 @@ def _is_plain(leaf: Any) -> bool:
 
 
 class _Seen(NamedTuple):
-    """What a function captures, and the equations of calls in which it did, by the dims of x and the number of args."""
+    """What a function captures, and the ways of calls in which it did, by the dims of x and the number of args."""
 
     captured: Captured
-    equations: dict[tuple[int, int], Equation]
+    ways: dict[tuple[int, int], "_Way"]
 
 
 _NOTHING = _Seen(Captured(), {})
@@ -86,17 +88,14 @@ def _seen(problem: InverseProblem, which: int) -> _Seen:
     return seen
 
 
-def _rule(problem: InverseProblem, y: Tensor, x: Tensor, args: Tensors, seen: _Seen) -> ImplicitRule:
-    """A rule of its own for each call, since it keeps factors; its equation is that of an earlier call, if there is one."""
-    key, (captured, equations) = (x.ndim, len(args)), seen
-    equation = equations.get(key)
-    if equation is None:
+def _way(problem: InverseProblem, y: Tensor, x: Tensor, args: Tensors, seen: _Seen) -> "_Way":
+    """That of an earlier call, if there is one."""
+    key, (captured, ways) = (x.ndim, len(args)), seen
+    way = ways.get(key)
+    if way is None:
         rule, _, _ = problem.rule(Given.of(x, tuple(args), {}), Values(ONE_TENSOR, (y,), (True,), ()), captured)
-        equations[key] = equation = rule.equation
-    numbers, vectors = (equation.y_dims == equation.x_dims == (n,) for n in (0, 1))
-    if not captured.tensors and (numbers or (vectors and type(problem.linear_solver) is LU)):
-        return DirectRule(equation, problem.linear_solver, problem.evidence, captured)
-    return ImplicitRule(equation, problem.linear_solver)
+        ways[key] = way = _Way(problem, rule.equation, captured)
+    return way
 
 
 class _Returned:
@@ -109,37 +108,51 @@ class _Returned:
         return self.result
 
 
-@dataclass(frozen=True, eq=False)
-class DirectRule(ImplicitRule):
-    """The same rule by plain autograd of one real tensor: x receives A^-T v with A from the graph of one evaluation of f.
+class _Way:
+    """From a cotangent v of y to what x and some args receive; what is more, or does not fit, takes the general way."""
 
-    What is more than that, or does not fit, takes the general way.
-    """
+    def __init__(self, problem: InverseProblem, equation: Equation, captured: Captured) -> None:
+        self.equation, self.linear_solver, self.captured = equation, problem.linear_solver, captured
+        self.numbers, vectors = (equation.y_dims == equation.x_dims == (n,) for n in (0, 1))
+        self.f = ForGraph(problem.evidence) if self.numbers else problem.evidence
+        self.is_short = not captured.tensors and (self.numbers or (vectors and type(self.linear_solver) is LU))
 
-    f: Callable[..., Any]
-    captured: Captured
+    def rule(self) -> ImplicitRule:
+        """The general way; a rule of its own for each call, since it keeps factors."""
+        return ImplicitRule(self.equation, self.linear_solver)
 
-    def vjp(self, y: Tensors, theta: Tensors, x: Sequence[Like], wanted: Sequence[int]) -> Pull:
-        """The map from cotangents v of y to what x and the wanted theta receive."""
-        # Where there have been other derivatives, their factors serve this one.
-        if not _torch.plain() or "system" in vars(self) or not y[0].numel():
-            return super().vjp(y, theta, x, wanted)
-        at = y[0].detach().requires_grad_()
-        leaves = [t.detach() for t in theta]
-        chosen = [leaves[i].requires_grad_() for i in wanted]
+    def pull(self, y: Tensor, theta: Tensors, wanted: Sequence[bool]) -> "_Pull | None":
+        """A^-T v and -C^T A^-T v as functions of v, by plain autograd: one evaluation of f."""
+        if not y.numel():
+            return None
+        at, leaves = y.detach().requires_grad_(), [t.detach() for t in theta]
+        chosen = tuple([t.requires_grad_() for t, flag in zip(leaves, wanted, strict=True) if flag])
         self.captured.verify()
         with torch.enable_grad():
             out = in_torch(self.f, at, *leaves)
-        if type(out) is not Tensor or out.shape != at.shape or out.dtype is not at.dtype or not out.requires_grad:
-            return super().vjp(y, theta, x, wanted)
+        if type(out) not in _RESULTS or out.shape != at.shape or out.dtype is not at.dtype or not out.requires_grad:
+            return None
         graph = Graph(out, at, check_graph((out,), (at, *chosen)))
-        solve = _division(graph) if self.equation.y_dims == (0,) else _lu(graph, self.linear_solver)
-        return functools.partial(_pull, solve, out, tuple(chosen))
+        return _Pull(_division(graph) if self.numbers else _lu(graph, self.linear_solver), out, chosen)
+
+
+class _Pull(NamedTuple):
+    """The numbers u = A^-T v, and what the chosen args receive of them."""
+
+    solve: Callable[[Tensor], Tensor]
+    output: Tensor
+    chosen: tuple[Tensor, ...]
+
+    def received(self, u: Tensor) -> Iterator[Tensor]:
+        """-C^T u."""
+        return iter(_torch.graph_grad((self.output,), self.chosen, (-u,)) if self.chosen else ())
 
 
 def _division(graph: Graph) -> Callable[[Tensor], Tensor]:
     """Numbers: v / f'(y), where f' takes one pass."""
-    (slope,) = _torch.graph_grad((graph.output,), (graph.y,), (torch.ones_like(graph.y),))
+    y = graph.y
+    ones = torch.ones_like(y) if y.numel() < _LARGE else y.new_ones(()).expand_as(y)  # no memory to go through
+    (slope,) = _torch.graph_grad((graph.output,), (y,), (ones,))
     return lambda v: v / slope
 
 
@@ -151,11 +164,49 @@ def _lu(graph: Graph, solver: Any) -> Callable[[Tensor], Tensor]:
     matrix = graph.matrix(chunk)
     if matrix is None:
         matrix = jacobian(lambda w: _torch.graph_grad((out,), (y,), (w,))[0], batch, rows, out, chunk=chunk)
-    return functools.partial(factorised(solver, matrix, owned=True).solve, transpose=True)
+    factors = solver.factor(matrix, owned=True)
+    return lambda v: solver.apply(factors, v.unsqueeze(-1), transpose=True).squeeze(-1)
 
 
-def _pull(
-    solve: Callable[[Tensor], Tensor], out: Tensor, chosen: tuple[Tensor, ...], v: Sequence[Tensor]
-) -> tuple[Tensors, Tensors]:
-    u = solve(v[0])
-    return (u,), _torch.graph_grad((out,), chosen, (-u,)) if chosen else ()
+def _attached(way: _Way, y: Tensor, x: Tensor, args: Tensors) -> Tensor:
+    """y with its derivatives."""
+    if not way.is_short:
+        return attach_plainly(way.rule(), y, x, (*args, *way.captured.tensors))
+    return _apply(way, 1, 1, (y,), x, *args)
+
+
+class _Short(Function):
+    """The arguments have the places that they have in the general way."""
+
+    @staticmethod
+    def forward(ctx: Any, way: _Way, n_y: int, n_x: int, y: tuple[Tensor], x: Tensor, *theta: Tensor) -> Tensor:
+        ctx.way, ctx.rule, ctx.kept = way, None, None
+        ctx.save_for_backward(*y, *theta)
+        ctx.set_materialize_grads(False)
+        return y[0]
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor | None) -> tuple[Tensor | None, ...]:
+        if v is None:
+            return (None,) * len(ctx.needs_input_grad)
+        saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[5:]
+        # Where there have been other derivatives, their factors serve this one.
+        if ctx.rule is not None or not _torch.plain() or _torch.autocasts(v):
+            return _generally(ctx, saved, v)
+        pull = ctx.kept[1] if ctx.kept is not None and ctx.kept[0] == wanted else ctx.way.pull(saved[0], saved[1:], wanted)
+        if pull is None:
+            return _generally(ctx, saved, v)
+        # The factors serve the next backward of this node, and go with the graph.
+        ctx.kept = (wanted, pull) if _torch.graph_is_kept() else None
+        u = pull.solve(v)
+        received = pull.received(u)
+        return None, None, None, None, u, *[next(received) if flag else None for flag in wanted]
+
+
+_apply = _torch.plain_apply(_Short)
+
+
+def _generally(ctx: Any, saved: Tensors, v: Tensor) -> tuple[Tensor | None, ...]:
+    if ctx.rule is None:
+        ctx.rule, ctx.n_y, ctx.n_x, ctx.x, ctx.kept = ctx.way.rule(), 1, 1, [Like(v.shape, v.dtype)], (None, None)
+    return pulled_back(ctx, saved, (v,))

@@ -12,10 +12,10 @@ from functorch_inverse._rows import jacobian_of_graph
 from functorch_inverse._tape import Tape, tape_of_graph
 from functorch_inverse.errors import NoDerivativeError
 
-__all__ = ["Graph", "check_graph", "walk"]
+__all__ = ["Graph", "check_graph", "rows_together", "walk"]
 
-# Fewer are faster one by one.
-_MANY_ROWS = 4
+# With less, rows are fastest one by one; and where the Jacobian has less numbers, as one batch.
+_MANY_ROWS, _MANY_NUMBERS = 4, 2**13
 
 
 class Graph(NamedTuple):
@@ -30,10 +30,19 @@ class Graph(NamedTuple):
         out, rows = self.output, self.output.shape[-1]
         if not rows:
             return None
+        if rows == 1:
+            return _torch.graph_grad((out,), (self.y,), (torch.ones_like(out),))[0].unsqueeze(-2)
+        if rows == chunk and rows * out.numel() < _MANY_NUMBERS and self._known():
+            try:
+                return rows_together(out, self.y)
+            except Exception:  # some operations have no rule for batches, and a hook may do anything with what it is given
+                return None
         if rows < _MANY_ROWS:
             units = torch.eye(rows, dtype=out.dtype, device=out.device).unbind()
             return torch.stack([_torch.graph_grad((out,), (self.y,), (e.expand_as(out),))[0] for e in units], -2)
-        return jacobian_of_graph(out, self.y, chunk) if self._known() else None
+        if not self._known():
+            return None
+        return jacobian_of_graph(out, self.y, chunk)
 
     def tape(self) -> Tape | None:
         """Cheaper products with df/dy of vectors and its transpose."""
@@ -46,6 +55,19 @@ class Graph(NamedTuple):
     def _known(self) -> bool:
         """Whether stand-ins can go through: a backward written in Python may look at what it is given."""
         return not any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in self.nodes)
+
+
+def rows_together(output: Tensor, y: Tensor) -> Tensor:
+    """df/dy of vectors (*batch, rows) by one pass of a batch of cotangents; an error where an operation takes no batches."""
+    *batch, rows = output.shape
+    units = torch.eye(rows, dtype=output.dtype, device=output.device).reshape(rows, *[1] * len(batch), rows)
+    level = _torch.open_vmap(rows, "error")
+    try:
+        cotangents = _torch.add_batch_dim(units.expand(rows, *output.shape), 0, level)
+        (found,) = _torch.graph_grad((output,), (y,), (cotangents,))
+        return _torch.remove_batch_dim(found, level, rows, len(batch)).contiguous()
+    finally:
+        _torch.close_vmap()
 
 
 def check_graph(outputs: Sequence[Tensor], known: Sequence[Tensor]) -> list[Any]:

@@ -51,15 +51,17 @@ def harmless(matrix: Tensor, lu: Tensor) -> bool:
     return not suspect(lu, size).any()
 
 
-# So few numbers that Python reads them faster than torch starts to look.
-_FEW = 64
+# So few numbers that Python reads them faster than torch starts to look; and rows so short that a coarse bound is enough.
+_FEW, _SHORT = 64, 3
 
 
 def _extremes_of_few(matrix: Tensor, lu: Tensor) -> tuple[float, float]:
-    numbers, factors, n = matrix.flatten().tolist(), lu.flatten(0, -2).tolist(), lu.shape[-1]
-    size = max(map(abs, numbers))
+    factors, n = lu.flatten().tolist(), lu.shape[-1]
+    least = min([abs(pivot) for first in range(0, len(factors), n * n) for pivot in factors[first : first + n * n : n + 1]])
+    # |A| <= |L||U| and |L| <= 1; and what is not finite in A is not in its factors either.
+    numbers, terms = (factors, n) if n <= _SHORT else (matrix.flatten().tolist(), 1)
     finite = sum(numbers) - sum(numbers) == 0  # max ignores nan
-    return min(abs(row[i % n]) for i, row in enumerate(factors)), size if finite else math.inf
+    return least, terms * max(map(abs, numbers)) if finite else math.inf
 
 
 def _extremes(matrix: Tensor, lu: Tensor) -> tuple[float, float]:

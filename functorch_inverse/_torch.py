@@ -26,6 +26,9 @@ try:
         _TorchDispatchModeKey,
     )
 
+    # Who watches operations below autograd.
+    from torch._C import _len_torch_dispatch_stack as dispatch_modes_open
+
     # Whether another backward pass through the same graph may come.
     from torch._C._autograd import _get_current_graph_task_keep_graph as graph_is_kept
 
@@ -44,6 +47,7 @@ try:
 
     # A small backward pass without the checks of torch.autograd.grad, which cost as much again.
     from torch.autograd.variable import Variable
+    from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
 
     # The containers in which torch functions take and return tensors.
     from torch.utils._pytree import tree_leaves, tree_map
@@ -59,15 +63,15 @@ except (ImportError, AttributeError) as error:
 Tensors: TypeAlias = tuple[Tensor, ...]
 
 __all__ = [
-    "GradInterpreter", "JvpInterpreter", "RandomnessType", "TransformType", "VmapInterpreter", "add_batch_dim",
-    "allow_single_level", "at_current_level", "batch_dim", "can_inspect", "can_record", "close_vmap", "derivative_order",
-    "dual_level_open", "fake_mode", "forward_levels", "forward_mode", "forward_mode_again", "forward_mode_available",
-    "full_precision", "function_mode_active", "graph_grad", "graph_is_kept", "in_jvp", "interpreter_in_python",
-    "is_legacy_batched", "is_recorded", "is_tracked", "is_wrapped", "level", "mark", "no_functions", "no_torch_function",
-    "open_vmap", "peek_transform", "plain", "pop_transform", "primal", "push_transform", "recording", "remove_batch_dim",
-    "saved_tensors_have_hooks", "shapes_into", "single_level_allowed", "traced_derivatives_possible",
-    "traced_transforms", "transforms_active", "tree_leaves", "tree_map", "undisturbed", "unwrapped", "wrap_for_grad",
-    "wrapper",
+    "DispatchMode", "GradInterpreter", "JvpInterpreter", "RandomnessType", "TransformType", "VmapInterpreter",
+    "add_batch_dim", "allow_single_level", "at_current_level", "autocasts", "batch_dim", "can_inspect", "can_record",
+    "close_vmap", "derivative_order", "dispatch_modes_open", "dual_level_open", "fake_mode", "forward_levels",
+    "forward_mode", "forward_mode_again", "forward_mode_available", "full_precision", "function_mode_active", "graph_grad",
+    "graph_is_kept", "in_jvp", "interpreter_in_python", "is_legacy_batched", "is_recorded", "is_tracked",
+    "is_wrapped", "level", "mark", "no_functions", "no_torch_function", "open_vmap", "peek_transform", "plain",
+    "plain_apply", "pop_transform", "primal", "push_transform", "recording", "remove_batch_dim", "saved_tensors_have_hooks",
+    "shapes_into", "single_level_allowed", "traced_derivatives_possible", "traced_transforms", "transforms_active",
+    "tree_leaves", "tree_map", "undisturbed", "unwrapped", "wrap_for_grad", "wrapper",
 ]  # fmt: skip
 
 no_torch_function: Any = _disabled_torch_function_impl
@@ -253,8 +257,17 @@ def primal(tensor: Tensor | None) -> Tensor | None:
     return forward_ad.unpack_dual(tensor).primal
 
 
+def autocasts(tensor: Tensor) -> bool:
+    """Whether operations with a tensor change its precision."""
+    kind = tensor.device.type
+    return (kind == "cpu" or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)
+
+
 def full_precision(tensor: Tensor) -> AbstractContextManager[None]:
     """Autocast switched off: derivatives are computed in the precision of their inputs."""
-    kind = tensor.device.type
-    enabled = (kind == "cpu" or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if enabled else _NO_CONTEXT
+    return torch.autocast(tensor.device.type, enabled=False) if autocasts(tensor) else _NO_CONTEXT
+
+
+def plain_apply(function: Any) -> Any:
+    """The apply of an autograd.Function for those who know that no transform is open: torch asks at every call."""
+    return super(torch.autograd.Function, function).apply

@@ -7,7 +7,8 @@ from helpers import assert_close
 from torch import nn
 
 import functorch_inverse as fi
-from functorch_inverse import operators
+from functorch_inverse import _torch, operators
+from functorch_inverse._graph import rows_together
 from functorch_inverse._pullback import Pullback
 from functorch_inverse._rows import jacobian_of_graph
 
@@ -83,11 +84,13 @@ MIXING = list(FUNCTIONS)[-15:]
 
 
 @pytest.mark.parametrize("batch", [(), (5,), (2, 3), (N,), (1, N)])
-@pytest.mark.parametrize("least", [1, 16])
+@pytest.mark.parametrize("way", ["as one batch", "mixing all", "mixing much"])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_as_by_autograd(name, batch, least, monkeypatch):
+def test_as_by_autograd(name, batch, way, monkeypatch):
     """Also where there are as many samples as numbers in each, so that no dim may be taken for another."""
-    monkeypatch.setattr("functorch_inverse._rows._WORTH_MIXING", least)
+    if way != "as one batch":
+        monkeypatch.setattr("functorch_inverse._graph._MANY_NUMBERS", 0)
+        monkeypatch.setattr("functorch_inverse._rows._WORTH_MIXING", 1 if way == "mixing all" else 16)
     f = FUNCTIONS[name]
     y = torch.randn(*batch, N, dtype=torch.float64)
     x = f(y).detach().requires_grad_()
@@ -169,6 +172,43 @@ def test_one_pass_for_all_rows_under_vmap(monkeypatch):
         assert torch.vmap(torch.func.jacrev(h))(torch.randn(4, N, dtype=torch.float64)).isfinite().all()
 
 
+@pytest.mark.parametrize("batch", [(), (5,), (2, 3), (N,)])
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name not in ("python", "network")])
+def test_few_numbers_as_one_batch(name, batch):
+    """A batch of cotangents for all rows; the memory is its own."""
+    f, y = FUNCTIONS[name], torch.randn(*batch, N, dtype=torch.float64)
+    with torch.no_grad():
+        graph = Pullback.of(lambda y, _: (f(*y),), (y,), (), ())
+        got = rows_together(graph.outputs[0], graph.y[0])
+        rows = [torch.autograd.functional.jacobian(f, sample) for sample in y.reshape(-1, N)]
+        torch.testing.assert_close(got, torch.stack(rows).reshape(*batch, N, N), rtol=0, atol=1e-12)
+        got.fill_(torch.nan)
+        assert torch.equal(f(y), graph.outputs[0])
+
+
+def product(y):
+    return y * y.prod(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("f", [product, lambda y: 2 * y + Doubled.apply(y), lambda y: y * y.detach()[..., :1].exp().item()])
+def test_what_cannot_be_batched_goes_one_by_one(f):
+    """The derivative of a product looks for zeros among its factors."""
+    y = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    x = f(y).detach().requires_grad_()
+    (got,) = torch.autograd.grad(fi.custom_inverse(lambda x: y.clone(), f, event_dim=1)(x), x, torch.ones(3, dtype=y.dtype))
+    J = torch.autograd.functional.jacobian(f, y)
+    assert_close(got, torch.linalg.solve(J.mT, torch.ones_like(y)), 1e-13)
+
+
+def test_a_failing_batch_leaves_no_transform_open():
+    y = torch.tensor([1.0, 0.0, 3.0], dtype=torch.float64, requires_grad=True)
+    out = y * y.prod(-1, keepdim=True)
+    out.register_hook(lambda g: g * g.sum().item())
+    with pytest.raises(RuntimeError):
+        rows_together(out, y)
+    assert not _torch.transforms_active()
+
+
 def test_a_shared_jacobian_is_not_changed():
     """A is the same for all samples, and in f's own memory."""
     before = A.clone()
@@ -182,7 +222,7 @@ def test_a_shared_jacobian_is_not_changed():
 @pytest.mark.parametrize("batch", [(), (3,), (2000,), (0,)])
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
 def test_small_vectors(n, batch, dtype):
-    """One backward pass a row where there are few, all at once where there are more; not contiguous, too."""
+    """Few numbers as one batch, few rows one by one; not contiguous, too."""
     y = torch.linspace(-1, 1, 2 * n * max(torch.Size(batch).numel(), 1), dtype=dtype)[: 2 * n * torch.Size(batch).numel()]
     y, B = y.reshape(*batch, 2 * n)[..., ::2], (A[:n, :n] / 8).to(dtype)
     x = y.clone().requires_grad_()
@@ -206,8 +246,10 @@ HOOKS = {
 
 @pytest.mark.parametrize("solver", [fi.LU(), fi.GMRES(), fi.Banded(N - 1, N - 1)])
 @pytest.mark.parametrize("name", HOOKS)
-def test_a_hook_may_look_at_what_it_is_given(name, solver):
+@pytest.mark.parametrize("few", [True, False])
+def test_a_hook_may_look_at_what_it_is_given(name, solver, few, monkeypatch):
     """It sees a tensor like any other in the end."""
+    monkeypatch.setattr("functorch_inverse._graph._MANY_NUMBERS", 2**13 if few else 0)
     W = torch.randn(N, N, dtype=torch.float64) / N
 
     def f(y, hook=None):
