@@ -14,8 +14,8 @@ from functorch_inverse.errors import NoDerivativeError
 
 __all__ = ["Graph", "check_graph", "walk"]
 
-# Fewer are faster one by one.
-_MANY_ROWS = 4
+# Fewer are faster one by one, unless there are so many numbers in a row of all samples; measured in benchmarks/.
+_MANY_ROWS, _MANY_NUMBERS = 4, 2**12
 
 
 class Graph(NamedTuple):
@@ -30,10 +30,13 @@ class Graph(NamedTuple):
         out, rows = self.output, self.output.shape[-1]
         if not rows:
             return None
-        if rows < _MANY_ROWS:
-            units = torch.eye(rows, dtype=out.dtype, device=out.device).unbind()
-            return torch.stack([_torch.graph_grad((out,), (self.y,), (e.expand_as(out),))[0] for e in units], -2)
-        return jacobian_of_graph(out, self.y, chunk) if self._known() else None
+        few = rows < _MANY_ROWS
+        worthwhile = not few or (rows > 1 and out.numel() >= _MANY_NUMBERS)
+        found = jacobian_of_graph(out, self.y, chunk) if worthwhile and self._known() else None
+        if found is not None or not few:
+            return found
+        units = torch.eye(rows, dtype=out.dtype, device=out.device).unbind()
+        return torch.stack([_torch.graph_grad((out,), (self.y,), (e.expand_as(out),))[0] for e in units], -2)
 
     def tape(self) -> Tape | None:
         """Cheaper products with df/dy of vectors and its transpose."""
