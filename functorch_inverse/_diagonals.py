@@ -47,19 +47,24 @@ class _Shifted(StandIn):
 
 
 def _elementwise(func: Any, args: Any, kwargs: Any) -> _Shifted | None:
-    i, *others = [i for i, arg in enumerate(args) if isinstance(arg, _Shifted)]
-    if others:
-        return None
-    before, behind = args[:i], args[i + 1 :]
-    return _fitting(args[i], {s: func(*before, part, *behind, **kwargs) for s, part in args[i].parts.items()})
+    """Of one cotangent, most often the first argument."""
+    i = 0
+    while not isinstance(args[i], _Shifted):
+        i += 1
+    cotangent, before, behind = args[i], args[:i], args[i + 1 :]
+    for arg in behind:
+        if isinstance(arg, _Shifted):
+            return None
+    return _fitting(cotangent, {s: func(*before, part, *behind, **kwargs) for s, part in cotangent.parts.items()})
 
 
 def _fitting(cotangent: _Shifted, parts: Diagonals) -> _Shifted | None:
     """What has the shape of a cotangent, and is not too much."""
     shape = cotangent.shape
-    if len(parts) > cotangent.most or any(part.shape != shape for part in parts.values()):
-        return None
-    return _Shifted(shape, parts, cotangent.most)
+    for part in parts.values():
+        if part.shape != shape:
+            return None
+    return _Shifted(shape, parts, cotangent.most) if len(parts) <= cotangent.most else None
 
 
 def _quotient(func: Any, args: Any, kwargs: Any) -> _Shifted | None:

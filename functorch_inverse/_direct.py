@@ -25,6 +25,7 @@ from functorch_inverse._rules import ImplicitRule, Pull
 from functorch_inverse._tree import ONE_TENSOR, PLAIN, Tree
 from functorch_inverse._values import is_array, output
 from functorch_inverse._vectors import Like
+from functorch_inverse.banded import Banded
 from functorch_inverse.linear_solvers import LU
 from functorch_inverse.operators import Equation
 
@@ -88,15 +89,22 @@ def _seen(problem: InverseProblem, which: int) -> _Seen:
 
 def _rule(problem: InverseProblem, y: Tensor, x: Tensor, args: Tensors, seen: _Seen) -> ImplicitRule:
     """A rule of its own for each call, since it keeps factors; its equation is that of an earlier call, if there is one."""
-    key, (captured, equations) = (x.ndim, len(args)), seen
-    equation = equations.get(key)
-    if equation is None:
-        rule, _, _ = problem.rule(Given.of(x, tuple(args), {}), Values(ONE_TENSOR, (y,), (True,), ()), captured)
-        equations[key] = equation = rule.equation
+    equation, captured = _equation(problem, y, x, args, seen), seen.captured
     numbers, vectors = (equation.y_dims == equation.x_dims == (n,) for n in (0, 1))
-    if not captured.tensors and (numbers or (vectors and type(problem.linear_solver) is LU)):
+    if (numbers or (vectors and type(problem.linear_solver) in _SHORT)) and all(map(_is_plain, captured.tensors)):
         return DirectRule(equation, problem.linear_solver, problem.evidence, captured)
     return ImplicitRule(equation, problem.linear_solver)
+
+
+def _equation(problem: InverseProblem, y: Tensor, x: Tensor, args: Tensors, seen: _Seen) -> Equation:
+    key = x.ndim, len(args)
+    if key not in seen.equations:
+        if key not in problem.kept:
+            rule, _, _ = problem.rule(Given.of(x, tuple(args), {}), Values(ONE_TENSOR, (y,), (True,), ()), _NOTHING.captured)
+            problem.kept[key] = rule.equation
+        like: Any = problem.kept[key]
+        seen.equations[key] = replace(like, f=replace(like.f, captured=seen.captured))
+    return seen.equations[key]
 
 
 class _Returned:
@@ -127,17 +135,23 @@ class DirectRule(ImplicitRule):
         at = y[0].detach().requires_grad_()
         leaves = [t.detach() for t in theta]
         chosen = [leaves[i].requires_grad_() for i in wanted]
-        self.captured.verify()
         with torch.enable_grad():
-            out = in_torch(self.f, at, *leaves)
+            out = self._evaluate(at, leaves)
         if type(out) is not Tensor or out.shape != at.shape or out.dtype is not at.dtype or not out.requires_grad:
             return super().vjp(y, theta, x, wanted)
         graph = Graph(out, at, check_graph((out,), (at, *chosen)))
-        solve = _division(graph) if self.equation.y_dims == (0,) else _lu(graph, self.linear_solver)
-        return functools.partial(_pull, solve, out, tuple(chosen))
+        prepare = _division if self.equation.y_dims == (0,) else _SHORT[type(self.linear_solver)]
+        return functools.partial(_pull, prepare(graph, self.linear_solver), out, tuple(chosen))
+
+    def _evaluate(self, y: Tensor, theta: Tensors) -> Any:
+        """f, which reads its captured tensors from theta."""
+        if self.captured.tensors:
+            return in_torch(self.equation.f, (y,), theta)[0]
+        self.captured.verify()
+        return in_torch(self.f, y, *theta)
 
 
-def _division(graph: Graph) -> Callable[[Tensor], Tensor]:
+def _division(graph: Graph, _: Any) -> Callable[[Tensor], Tensor]:
     """Numbers: v / f'(y), where f' takes one pass."""
     (slope,) = _torch.graph_grad((graph.output,), (graph.y,), (torch.ones_like(graph.y),))
     return lambda v: v / slope
@@ -152,6 +166,14 @@ def _lu(graph: Graph, solver: Any) -> Callable[[Tensor], Tensor]:
     if matrix is None:
         matrix = jacobian(lambda w: _torch.graph_grad((out,), (y,), (w,))[0], batch, rows, out, chunk=chunk)
     return functools.partial(factorised(solver, matrix, owned=True).solve, transpose=True)
+
+
+def _banded(graph: Graph, solver: Any) -> Callable[[Tensor], Tensor]:
+    """Vectors whose numbers depend on their neighbours."""
+    return functools.partial(solver.factorise_graph(graph).solve, transpose=True)
+
+
+_SHORT: dict[type, Callable[[Graph, Any], Callable[[Tensor], Tensor]]] = {LU: _lu, Banded: _banded}
 
 
 def _pull(

@@ -78,10 +78,9 @@ class _Rows(StandIn):
         return self
 
     @classmethod
-    def through(cls, func: Any, args: Any, kwargs: Any) -> Any:
-        """By its own rule, or with all rows as one tensor."""
-        found = super().through(func, args, kwargs)
-        return _mixed(func, args, kwargs) if found is None and func in MIXING else found
+    def otherwise(cls, func: Any, args: Any, kwargs: Any) -> Any:
+        """All rows as one tensor."""
+        return _mixed(func, args, kwargs) if func in MIXING else None
 
     def own(self, numbers: Tensor) -> Tensor:
         """Of one number for each row of the Jacobian, along the last dim, those of these rows."""
