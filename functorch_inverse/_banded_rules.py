@@ -113,7 +113,7 @@ def _rounding(n: int, width: Width, like: Tensor, levels: bool) -> float:
 
 def _clearly_dominant(bands: Tensor, width: Width) -> bool:
     """Whether no sample is singular by the smallest number of all their diagonals, and the largest of the others."""
-    if bands.is_complex() or has_to_wait(bands):
+    if bands.is_complex() or has_to_wait(bands) or not bands.numel():
         return False
     count = width.diagonals
     lows, highs = [each(-1).reshape(-1, count) for each in (bands.amin, bands.amax)]

@@ -54,6 +54,7 @@ FUNCTIONS = {
     "two networks": lambda y: 3 * y + SHALLOW(y) + torch.tanh(y @ A) * DEEP(y) + y.sin() @ A,
     "scaled network": lambda y: 2 * (3 + A[0]) * y + torch.tanh(0.5 * A[1] * DEEP(y) * A[2]) - DEEP(y).neg(),
     "activation first": lambda y: 3 * y + F.relu(y @ A).sigmoid() + y.tanh() @ A,
+    "two activations": lambda y: 3 * y + torch.tanh(y @ A).sin() @ A.mT,
     "elementwise": lambda y: 3 * y + torch.sin(y) / (1 + y**2) - y.sigmoid() + F.softplus(y) + F.silu(y),
     "kinks": lambda y: 3 * y + F.relu(y) + F.elu(y) + F.leaky_relu(y) + y.clamp(-1, 1) + y.abs(),
     "branches": lambda y: torch.where(y > 0, 2 * y, y.exp()) @ (A + 2 * torch.eye(N)),
@@ -86,7 +87,7 @@ FUNCTIONS = {
     "the mean of all": lambda y: 2 * y + y.sin().mean(-1, keepdim=True).expand_as(y) * y,
 }
 MIXING = list(FUNCTIONS)[-15:]
-LAYERS = ["layer", "two networks", "scaled network", "activation first"]
+LAYERS = ["layer", "two networks", "scaled network", "activation first", "two activations"]
 
 
 @pytest.mark.parametrize("batch", [(), (5,), (2, 3), (N,), (1, N), (4, 1, 5)])
@@ -203,13 +204,16 @@ def test_small_vectors(n, batch, dtype):
 
 
 @pytest.mark.parametrize("n", [2, 3, 4])
-@pytest.mark.parametrize("kind", ["network", "coupling"])
+@pytest.mark.parametrize("kind", ["layer", "network", "both", "coupling"])
 def test_many_small_vectors(n, kind, monkeypatch):
     """All rows at once, also where a pass of their own would be cheap; what mixes numbers goes one by one."""
     monkeypatch.setattr("functorch_inverse._graph._MANY_NUMBERS", 1)
     net = nn.Sequential(nn.Linear(n, 5), nn.Tanh(), nn.Linear(5, n)).double().requires_grad_(False)
+    W = torch.randn(n, n, dtype=torch.float64) / 4
     f = {
+        "layer": lambda y: 3 * y + torch.tanh(y @ W),
         "network": lambda y: 3 * y + net(y),
+        "both": lambda y: 3 * y + torch.tanh(torch.tanh(y @ W) @ W.mT + y.sin()) + (y**3 * net(y).tanh()) @ W / 9,
         "coupling": lambda y: torch.cat([2 * y[..., :1], y[..., 1:] * y[..., :1].exp()], -1),
     }[kind]
     y = torch.randn(600, n, dtype=torch.float64)
