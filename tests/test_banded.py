@@ -600,5 +600,5 @@ def test_hessians(backend):
 
 @pytest.mark.parametrize("on_singular", ["raise", "nan"])
 def test_vmap_of_no_samples(on_singular):
-    factored = lambda bands, b: fi.BandedFactors.of(bands, 1, 1, on_singular).solve(b)  # noqa: E731
+    factored = lambda bands, b: BandedFactors.of(bands, 1, 1, on_singular).solve(b)  # noqa: E731
     assert vmap(factored)(torch.zeros(0, 3, 5), torch.zeros(0, 5)).shape == (0, 5)
