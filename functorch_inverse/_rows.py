@@ -172,7 +172,7 @@ def _through(rows: _Rows, weight: Tensor) -> _Rows:
     dense = None if rows.dense is None else _dense_through(rows.dense, rows.factor, weight)
     if rows.scale is not None:
         scale, own = rows.own(rows.scale), rows.own(weight.mT).mT
-        if len(own) <= _FEW_ROWS and _samples(scale, 1) >= _MANY_SAMPLES:
+        if len(own) <= _FEW_ROWS and _samples(scale, 1) >= _MANY_SAMPLES and _multiplies_exactly(scale):
             spread = torch.diag_embed(own.mT, dim1=0, dim2=1)  # delta_rs W[r, j]
             dense = _sum(dense, _combined(scale, spread))
         else:
@@ -192,6 +192,11 @@ def _dense_through(dense: Tensor, factor: Tensor | None, weight: Tensor) -> Tens
 def _combined(numbers: Tensor, matrices: Tensor) -> Tensor:
     """For each sample another sum of the same matrices (k, rows, columns), by its numbers (*batch, k)."""
     return (numbers @ matrices.flatten(1)).unflatten(-1, matrices.shape[1:])
+
+
+def _multiplies_exactly(like: Tensor) -> bool:
+    """Whether products of matrices are as precise as those of numbers, which are fast enough on other devices."""
+    return like.is_cpu and (like.dtype is torch.float64 or torch.get_float32_matmul_precision() == "highest")
 
 
 # For so few rows of so many samples a product with matrices of zeros is faster than one element by element along a short dim.

@@ -223,6 +223,23 @@ def test_many_small_vectors(n, kind, monkeypatch):
     assert_close(got, (torch.linalg.solve(J.mT, v.unsqueeze(-1)).squeeze(-1),), 1e-9)
 
 
+def test_single_numbers_are_multiplied_in_full_precision(monkeypatch):
+    """A product of matrices of float32 may be asked to round more."""
+    W = torch.randn(3, 3) / 4
+    y, x = torch.randn(2000, 3), torch.zeros(2000, 3, requires_grad=True)
+    products = []
+    monkeypatch.setattr("functorch_inverse._rows._combined", lambda *_: products.append(1))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        (got,) = torch.autograd.grad(fi.custom_inverse(lambda x: y, lambda y: 3 * y + (y @ W).sin(), event_dim=1)(x).sum(), x)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    J = 3 * torch.eye(3) + W.T * (y @ W).cos().unsqueeze(-1)
+    assert_close(got, torch.linalg.solve(J.mT, torch.ones(2000, 3, 1)).squeeze(-1), 1e-5)
+    assert not products
+
+
 @pytest.mark.parametrize("n", [3, N])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_undefined_samples_stay_alone(bad, n):
