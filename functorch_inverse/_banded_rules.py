@@ -12,7 +12,7 @@ from functorch_inverse._bands import Width, outer, product, transposed
 from functorch_inverse._cyclic import dominant_solve
 from functorch_inverse._preconditioner import probes
 from functorch_inverse._reduction import reduced_log_abs_det, reduced_solve
-from functorch_inverse._singular import raise_if_singular
+from functorch_inverse._singular import has_to_wait, raise_if_singular
 
 __all__ = ["LogAbsDet", "Solve", "factorise"]
 
@@ -32,10 +32,12 @@ class _Factorise(Function):
 
     @staticmethod
     def forward(bands: Tensor, width: Width, on_singular: str) -> tuple[Tensor, Tensor, Tensor]:
-        visible, dominant = _torch.can_inspect(bands), _dominant(bands, width)
-        if visible and dominant.all():  # and so finite
+        visible = _torch.can_inspect(bands)
+        clear = visible and _clearly_dominant(bands, width)
+        dominant = None if clear else _dominant(bands, width)
+        if dominant is None or (visible and dominant.all()):  # and so finite
             make = _unfactorised if max(width) <= 1 else _factorised
-            return *make(bands, width), bands.real.new_zeros(dominant.shape)
+            return *make(bands, width), bands.real.new_zeros(bands.shape[:-2])
         bad = _undefined(bands)
         safe = _without(bands, bad, width) if not visible or bad.any() else bands
         lu, pivots = _factorised(safe, width)
@@ -107,6 +109,19 @@ def _taint(bad: Tensor, like: Tensor) -> Tensor:
 # A with rows of size one: then scaling columns or rows changes nothing. The reduction rounds on each of its levels.
 def _rounding(n: int, width: Width, like: Tensor, levels: bool) -> float:
     return 4 * width.diagonals * torch.finfo(like.dtype).eps * (math.ceil(math.log2(n + 1)) if levels else 1)
+
+
+def _clearly_dominant(bands: Tensor, width: Width) -> bool:
+    """Whether no sample is singular by the smallest number of all their diagonals, and the largest of the others."""
+    if bands.is_complex() or has_to_wait(bands) or not bands.numel():
+        return False
+    count = width.diagonals
+    lows, highs = [each(-1).reshape(-1, count) for each in (bands.amin, bands.amax)]
+    low, high = lows.amin(0).tolist(), highs.amax(0).tolist()
+    sizes = list(map(max, high, [-t for t in low]))  # nan where there is any
+    least = max(low[width.upper], -high[width.upper])  # of the diagonal; negative where it has both signs
+    largest = sizes.pop(width.upper)
+    return least * (1 - _rounding(bands.shape[-1], width, bands, True)) > sum(sizes) and largest < math.inf
 
 
 def _dominant(bands: Tensor, width: Width) -> Tensor:

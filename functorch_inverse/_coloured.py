@@ -6,41 +6,73 @@ Reid, On the Estimation of Sparse Jacobian Matrices (1974).
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from functorch_inverse import _torch
 from functorch_inverse._bands import Width, inside, product, transposed
+from functorch_inverse._graph import Graph
 from functorch_inverse._inspect import inspect
 from functorch_inverse._singular import named
 from functorch_inverse.errors import StructureError
 from functorch_inverse.operators import JacobianOperator
 
-__all__ = ["bands_of"]
+__all__ = ["bands_of", "bands_of_graph"]
 
 
 def bands_of(operator: JacobianOperator, width: Width) -> Tensor:
     """The bands (*batch, lower + upper + 1, n) of a square operator; an error if there is something outside them."""
-    bands = _from_graph(operator, width) if _torch.plain() and _torch.can_inspect(operator.y[0]) else None
+    graph = operator.graph if _torch.plain() else None
+    bands = None if graph is None else _from_graph(graph, width)
     return _coloured(operator, width) if bands is None else bands
 
 
-def _coloured(operator: JacobianOperator, width: Width) -> Tensor:
-    n, p = operator.shape[1], width.diagonals
-    out = operator.pullback.outputs[0]
-    place = torch.arange(n, device=out.device)
-    seeds = (place % p == torch.arange(p, device=out.device).unsqueeze(-1)).to(operator.dtype)
+def bands_of_graph(graph: Graph, width: Width) -> Tensor:
+    """Those of an f that takes one real vector to another, from its graph."""
+    bands = _from_graph(graph, width)
+    return _coloured(_Vectors(graph), width) if bands is None else bands
+
+
+class _Vectors(NamedTuple):
+    """What the colours ask of an operator."""
+
+    graph: Graph
+
+    @property
+    def y(self) -> tuple[Tensor]:
+        return (self.graph.y,)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.graph.y.dtype
+
+    @property
+    def eps(self) -> float:
+        return torch.finfo(self.dtype).eps
+
+    def rows(self, cotangents: Tensor) -> Tensor:
+        return torch.stack([self.rmv(w.expand_as(self.graph.output)) for w in cotangents])
+
+    def rmv(self, w: Tensor) -> Tensor:
+        return _torch.graph_grad((self.graph.output,), (self.graph.y,), (w,))[0]
+
+
+def _coloured(operator: JacobianOperator | _Vectors, width: Width) -> Tensor:
+    p, y = width.diagonals, operator.y[0]
+    n = operator.shape[1] if isinstance(operator, JacobianOperator) else y.shape[-1]
+    place = torch.arange(n, device=y.device)
+    seeds = (place % p == torch.arange(p, device=y.device).unsqueeze(-1)).to(operator.dtype)
     colours = operator.rows(seeds).movedim(0, -2)
     # bands[upper + i - j, j] = A[i, j], and A[i, j] stands at (i mod p, j) among the colours.
-    rows = place + torch.arange(-width.upper, width.lower + 1, device=out.device).unsqueeze(-1)
+    rows = place + torch.arange(-width.upper, width.lower + 1, device=y.device).unsqueeze(-1)
     return _verified(operator, inside(colours.gather(-2, (rows % p).expand(colours.shape)), width), width)
 
 
-def _from_graph(operator: JacobianOperator, width: Width) -> Tensor | None:
+def _from_graph(graph: Graph, width: Width) -> Tensor | None:
     """The same at once, where f is made of elementwise operations and shifts; what is doubtful is left to the colours."""
-    graph = operator.graph
-    if graph is None or graph.y.shape != graph.output.shape or not graph.y.numel():
+    if graph.y.shape != graph.output.shape or not graph.y.numel() or not _torch.can_inspect(graph.y):
         return None
     y, output = graph.y, graph.output
     # More than there are in the end: some may cancel, or be zero.
@@ -48,8 +80,9 @@ def _from_graph(operator: JacobianOperator, width: Width) -> Tensor | None:
     if diagonals is None:
         return None
     shifts = range(width.upper, -width.lower - 1, -1)
-    if any(entries.dtype != y.dtype or (s not in shifts and entries.any()) for s, entries in diagonals.items()):
-        return None
+    for s, entries in diagonals.items():
+        if entries.dtype != y.dtype or (s not in shifts and entries.any()):
+            return None
     nothing = None if all(s in diagonals for s in shifts) else torch.zeros_like(output)
     bands = torch.stack([diagonals.get(s, nothing) for s in shifts], -2)
     for row, shift in zip(bands.unbind(-2), shifts, strict=True):
@@ -58,7 +91,7 @@ def _from_graph(operator: JacobianOperator, width: Width) -> Tensor | None:
     return bands
 
 
-def _verified(operator: JacobianOperator, bands: Tensor, width: Width) -> Tensor:
+def _verified(operator: JacobianOperator | _Vectors, bands: Tensor, width: Width) -> Tensor:
     """What A^T does to a vector must be what the bands do to it: each column by itself, with rows of one size."""
     fixed = bands.detach()
     largest = transposed(fixed.abs(), width).amax(-2)

@@ -27,14 +27,15 @@ def diagonals_of_graph(output: Tensor, y: Tensor, most: int) -> Diagonals | None
     None where the graph has an operation without a rule here, or where more than `most` diagonals meet.
     """
     try:
-        (found,) = _torch.graph_grad((output,), (y,), (_Shifted(output.shape, {0: torch.ones_like(output)}, most),))
+        one = output.new_ones((1,) * output.ndim)
+        (found,) = _torch.graph_grad((output,), (y,), (_Shifted(output.shape, {0: one}, most),))
     except Exception:  # a hook may do anything with what it is given
         return None
-    return found.parts if isinstance(found, _Shifted) else None
+    return {s: part.expand(y.shape) for s, part in found.parts.items()} if isinstance(found, _Shifted) else None
 
 
 class _Shifted(StandIn):
-    """Cotangents of several shifts; torch sees the shape of one."""
+    """Cotangents of several shifts; torch sees the shape of one. What is one number everywhere is kept as that."""
 
     parts: Diagonals
     most: int
@@ -47,19 +48,31 @@ class _Shifted(StandIn):
 
 
 def _elementwise(func: Any, args: Any, kwargs: Any) -> _Shifted | None:
-    i, *others = [i for i, arg in enumerate(args) if isinstance(arg, _Shifted)]
-    if others:
-        return None
-    before, behind = args[:i], args[i + 1 :]
-    return _fitting(args[i], {s: func(*before, part, *behind, **kwargs) for s, part in args[i].parts.items()})
+    """Of one cotangent, most often the first argument."""
+    i = 0
+    while not isinstance(args[i], _Shifted):
+        i += 1
+    cotangent, before, behind = args[i], args[:i], args[i + 1 :]
+    for arg in behind:
+        if isinstance(arg, _Shifted):
+            return None
+    return _fitting(cotangent, {s: func(*before, part, *behind, **kwargs) for s, part in cotangent.parts.items()})
+
+
+def _unbroadcast(func: Any, args: Any, kwargs: Any) -> _Shifted | None:
+    """The same of an operation that wants all tensors in one shape."""
+    cotangent, *others = args
+    parts = {s: part.expand(cotangent.shape) for s, part in cotangent.parts.items()}
+    return _elementwise(func, (_Shifted(cotangent.shape, parts, cotangent.most), *others), kwargs)
 
 
 def _fitting(cotangent: _Shifted, parts: Diagonals) -> _Shifted | None:
     """What has the shape of a cotangent, and is not too much."""
     shape = cotangent.shape
-    if len(parts) > cotangent.most or any(part.shape != shape for part in parts.values()):
-        return None
-    return _Shifted(shape, parts, cotangent.most)
+    for s, part in parts.items():
+        if part.shape != shape and part.numel() != 1:
+            parts[s] = part.expand(shape)  # an error where it is larger
+    return _Shifted(shape, parts, cotangent.most) if len(parts) <= cotangent.most else None
 
 
 def _quotient(func: Any, args: Any, kwargs: Any) -> _Shifted | None:
@@ -108,7 +121,7 @@ def _start(start: int, sizes: Any, dim: int, step: int, whole: bool) -> int | No
 
 def _moved(func: Any, args: Any, by: int) -> _Shifted:
     cotangent, *others = args
-    parts = {s + by: func(part, *others) for s, part in cotangent.parts.items()}
+    parts = {s + by: func(part.expand(cotangent.shape), *others) for s, part in cotangent.parts.items()}
     return _Shifted(next(iter(parts.values())).shape, parts, cotangent.most)
 
 
@@ -124,8 +137,9 @@ def _view(func: Any, args: Any, kwargs: Any) -> _Shifted | None:
     return _Shifted(cotangent.shape, cotangent.parts, cotangent.most) if tuple(shape) == cotangent.shape else None
 
 
-_MORE = {_aten.hardtanh_backward.default, _aten.log_sigmoid_backward.default, _aten._to_copy.default}
+_MORE = {_aten.hardtanh_backward.default, _aten._to_copy.default}
 _Shifted.rules = dict.fromkeys(ELEMENTWISE | _MORE, _elementwise) | {
+    _aten.log_sigmoid_backward.default: _unbroadcast,
     _aten.div.Tensor: _quotient,
     _aten.div.Scalar: _quotient,
     _aten.where.self: _chosen,

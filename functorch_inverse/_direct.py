@@ -3,6 +3,7 @@
 What any other call has to find out about pytrees, event dims and closures is kept here from one call to the next.
 """
 
+import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -25,6 +26,7 @@ from functorch_inverse._rules import ImplicitRule
 from functorch_inverse._tree import ONE_TENSOR, PLAIN, Tree
 from functorch_inverse._values import is_array, output
 from functorch_inverse._vectors import Like
+from functorch_inverse.banded import Banded
 from functorch_inverse.linear_solvers import LU
 from functorch_inverse.operators import Equation
 
@@ -90,12 +92,20 @@ def _seen(problem: InverseProblem, which: int) -> _Seen:
 
 def _way(problem: InverseProblem, y: Tensor, x: Tensor, args: Tensors, seen: _Seen) -> "_Way":
     """That of an earlier call, if there is one."""
-    key, (captured, ways) = (x.ndim, len(args)), seen
-    way = ways.get(key)
+    key = x.ndim, len(args)
+    way = seen.ways.get(key)
     if way is None:
-        rule, _, _ = problem.rule(Given.of(x, tuple(args), {}), Values(ONE_TENSOR, (y,), (True,), ()), captured)
-        ways[key] = way = _Way(problem, rule.equation, captured)
+        seen.ways[key] = way = _Way(problem, _equation(problem, y, x, args, seen.captured), seen.captured)
     return way
+
+
+def _equation(problem: InverseProblem, y: Tensor, x: Tensor, args: Tensors, captured: Captured) -> Equation:
+    key = x.ndim, len(args)
+    equation: Any = problem.kept.get(key)
+    if equation is None:
+        rule, _, _ = problem.rule(Given.of(x, tuple(args), {}), Values(ONE_TENSOR, (y,), (True,), ()), _NOTHING.captured)
+        problem.kept[key] = equation = rule.equation
+    return replace(equation, f=replace(equation.f, captured=captured))
 
 
 class _Returned:
@@ -113,9 +123,10 @@ class _Way:
 
     def __init__(self, problem: InverseProblem, equation: Equation, captured: Captured) -> None:
         self.equation, self.linear_solver, self.captured = equation, problem.linear_solver, captured
-        self.numbers, vectors = (equation.y_dims == equation.x_dims == (n,) for n in (0, 1))
-        self.f = ForGraph(problem.evidence) if self.numbers else problem.evidence
-        self.is_short = not captured.tensors and (self.numbers or (vectors and type(self.linear_solver) is LU))
+        numbers, vectors = (equation.y_dims == equation.x_dims == (n,) for n in (0, 1))
+        self.f = ForGraph(problem.evidence) if numbers else problem.evidence
+        self.prepare = _division if numbers else _PREPARE.get(type(self.linear_solver)) if vectors else None
+        self.is_short = self.prepare is not None and all(map(_is_plain, captured.tensors))
 
     def rule(self) -> ImplicitRule:
         """The general way; a rule of its own for each call, since it keeps factors."""
@@ -123,17 +134,23 @@ class _Way:
 
     def pull(self, y: Tensor, theta: Tensors, wanted: Sequence[bool]) -> "_Pull | None":
         """A^-T v and -C^T A^-T v as functions of v, by plain autograd: one evaluation of f."""
-        if not y.numel():
+        if not y.numel() or self.prepare is None:
             return None
         at, leaves = y.detach().requires_grad_(), [t.detach() for t in theta]
         chosen = tuple([t.requires_grad_() for t, flag in zip(leaves, wanted, strict=True) if flag])
-        self.captured.verify()
         with torch.enable_grad():
-            out = in_torch(self.f, at, *leaves)
+            out = self._evaluate(at, leaves)
         if type(out) not in _RESULTS or out.shape != at.shape or out.dtype is not at.dtype or not out.requires_grad:
             return None
         graph = Graph(out, at, check_graph((out,), (at, *chosen)))
-        return _Pull(_division(graph) if self.numbers else _lu(graph, self.linear_solver), out, chosen)
+        return _Pull(self.prepare(graph, self.linear_solver), out, chosen)
+
+    def _evaluate(self, y: Tensor, theta: Tensors) -> Any:
+        """f, which reads its captured tensors from theta."""
+        if self.captured.tensors:
+            return in_torch(self.equation.f, (y,), theta)[0]
+        self.captured.verify()
+        return in_torch(self.f, y, *theta)
 
 
 class _Pull(NamedTuple):
@@ -148,7 +165,7 @@ class _Pull(NamedTuple):
         return iter(_torch.graph_grad((self.output,), self.chosen, (-u,)) if self.chosen else ())
 
 
-def _division(graph: Graph) -> Callable[[Tensor], Tensor]:
+def _division(graph: Graph, _: Any) -> Callable[[Tensor], Tensor]:
     """Numbers: v / f'(y), where f' takes one pass."""
     y = graph.y
     ones = torch.ones_like(y) if y.numel() < _LARGE else y.new_ones(()).expand_as(y)  # no memory to go through
@@ -168,11 +185,19 @@ def _lu(graph: Graph, solver: Any) -> Callable[[Tensor], Tensor]:
     return lambda v: solver.apply(factors, v.unsqueeze(-1), transpose=True).squeeze(-1)
 
 
+def _banded(graph: Graph, solver: Any) -> Callable[[Tensor], Tensor]:
+    """Vectors whose numbers depend on their neighbours."""
+    return functools.partial(solver.factorise_graph(graph).solve, transpose=True)
+
+
+_PREPARE: dict[type, Callable[[Graph, Any], Callable[[Tensor], Tensor]]] = {LU: _lu, Banded: _banded}
+
+
 def _attached(way: _Way, y: Tensor, x: Tensor, args: Tensors) -> Tensor:
     """y with its derivatives."""
     if not way.is_short:
         return attach_plainly(way.rule(), y, x, (*args, *way.captured.tensors))
-    return _apply(way, 1, 1, (y,), x, *args)
+    return _apply(way, 1, 1, (y,), x, *args, *way.captured.tensors)
 
 
 class _Short(Function):

@@ -14,8 +14,8 @@ from functorch_inverse.errors import NoDerivativeError
 
 __all__ = ["Graph", "check_graph", "rows_together", "walk"]
 
-# With less, rows are fastest one by one; and where the Jacobian has less numbers, as one batch.
-_MANY_ROWS, _MANY_NUMBERS = 4, 2**13
+# Few rows are fastest one by one, but where they have many numbers; and a small Jacobian as one batch of rows.
+_MANY_ROWS, _MANY_NUMBERS, _SMALL = 4, 2**12, 2**13
 
 
 class Graph(NamedTuple):
@@ -32,17 +32,18 @@ class Graph(NamedTuple):
             return None
         if rows == 1:
             return _torch.graph_grad((out,), (self.y,), (torch.ones_like(out),))[0].unsqueeze(-2)
-        if rows == chunk and rows * out.numel() < _MANY_NUMBERS and self._known():
+        if rows == chunk and rows * out.numel() < _SMALL and self._known():
             try:
                 return rows_together(out, self.y)
             except Exception:  # some operations have no rule for batches, and a hook may do anything with what it is given
                 return None
-        if rows < _MANY_ROWS:
-            units = torch.eye(rows, dtype=out.dtype, device=out.device).unbind()
-            return torch.stack([_torch.graph_grad((out,), (self.y,), (e.expand_as(out),))[0] for e in units], -2)
-        if not self._known():
-            return None
-        return jacobian_of_graph(out, self.y, chunk)
+        few = rows < _MANY_ROWS
+        worthwhile = not few or out.numel() >= _MANY_NUMBERS
+        found = jacobian_of_graph(out, self.y, chunk) if worthwhile and self._known() else None
+        if found is not None or not few:
+            return found
+        units = torch.eye(rows, dtype=out.dtype, device=out.device).unbind()
+        return torch.stack([_torch.graph_grad((out,), (self.y,), (e.expand_as(out),))[0] for e in units], -2)
 
     def tape(self) -> Tape | None:
         """Cheaper products with df/dy of vectors and its transpose."""

@@ -2,12 +2,17 @@ r"""All rows of a Jacobian by one backward pass, as cheap as its formula where f
 
 Row r of A is the cotangent e_r pulled back through the graph of f. All rows travel together, as
 
-    T[b, r, j] = D[b, r, j] + delta_rj d[b, j],
+    T[b, r, j] = D[b, r, j] c[b, j] + delta_rj d[b, j],
 
-a dense part and a diagonal one, each of which may be the same for all samples. The unit vectors are diagonal
-at first, and stay so through whatever acts elementwise; at a linear layer W, the diagonal d becomes d_r W[r, j],
-where a matrix product of all rows with W would cost n times as much. What mixes the numbers of a sample in another way
-is done to all rows as a tensor with one more dim.
+a dense part and a diagonal one, each of which may be the same for all samples; there is a c only where D is. The unit
+vectors are diagonal at first, and stay so through whatever acts elementwise; at a linear layer W, the diagonal d
+becomes d_r W[r, j], where a matrix product of all rows with W would cost n times as much. That D is the same for all
+samples at first, and what acts elementwise changes c alone; so two layers V and W with an activation in between are
+
+    T[b, r, j] = sum_k c[b, k] (V[r, k] W[k, j]),
+
+one product of matrices with the samples as rows. What mixes the numbers of a sample in another way is done to all rows as
+a tensor with one more dim.
 """
 
 from typing import Any
@@ -16,29 +21,12 @@ import torch
 from torch import Tensor
 
 from functorch_inverse import _torch
+from functorch_inverse._mixing import BROADCASTING, MIXING, SAME_WITH_MORE_DIMS, with_rows
 from functorch_inverse._stand_in import DIVISIONS, ELEMENTWISE, StandIn
 
 __all__ = ["jacobian_of_graph"]
 
 _aten = torch.ops.aten
-# Those that mix the numbers of a sample, as in couplings, permutations and sums: where their arguments name dims, and sizes.
-_MIXING: dict[Any, tuple[int | None, int | None]] = {
-    _aten.slice.Tensor: (1, None), _aten.slice_backward.default: (2, 1), _aten.select.int: (1, None),
-    _aten.select_backward.default: (2, 1), _aten.split.Tensor: (2, None), _aten.split_with_sizes.default: (2, None),
-    _aten.unsqueeze.default: (1, None), _aten.squeeze.dim: (1, None), _aten.sum.dim_IntList: (1, None),
-    _aten.view.default: (None, 1), _aten._unsafe_view.default: (None, 1), _aten.expand.default: (None, 1),
-    _aten.permute.default: (1, None), _aten.flip.default: (1, None), _aten.roll.default: (2, None),
-    _aten.cumsum.default: (1, None), _aten.cat.default: (1, None), _aten.where.self: (None, None),
-    _aten.masked_fill.Scalar: (None, None), _aten.bmm.default: (None, None), _aten.add.Tensor: (None, None),
-    _aten.mul.Tensor: (None, None), _aten.transpose.int: (1, None),
-}  # fmt: skip
-_OF_DIM_ZERO = {_aten.slice.Tensor, _aten.split.Tensor, _aten.split_with_sizes.default, _aten.cat.default}  # unless they say
-_BROADCASTING = {
-    _aten.where.self, _aten.masked_fill.Scalar, _aten.bmm.default, _aten.add.Tensor, _aten.mul.Tensor,
-}  # fmt: skip
-_SAME_WITH_MORE_DIMS = {
-    _aten.bmm.default: torch.matmul, _aten.view.default: torch.reshape, _aten._unsafe_view.default: torch.reshape,
-}  # fmt: skip
 
 
 def jacobian_of_graph(output: Tensor, y: Tensor, chunk: int) -> Tensor | None:
@@ -61,7 +49,7 @@ def jacobian_of_graph(output: Tensor, y: Tensor, chunk: int) -> Tensor | None:
 
 def _pulled(output: Tensor, y: Tensor, start: int, stop: int) -> Tensor:
     unit = output.new_ones((*(1,) * (output.ndim - 1), output.shape[-1]))
-    (found,) = _torch.graph_grad((output,), (y,), (_Rows(output.shape, (start, stop), None, unit),))
+    (found,) = _torch.graph_grad((output,), (y,), (_Rows(output.shape, (start, stop), None, None, unit),))
     if not isinstance(found, _Rows):
         raise NotImplementedError("rows of a Jacobian through something that lost them")
     return found.matrix()
@@ -70,31 +58,38 @@ def _pulled(output: Tensor, y: Tensor, start: int, stop: int) -> Tensor:
 class _Rows(StandIn):
     """Cotangents for the rows of a window (start, stop); torch sees the shape of one.
 
-    `dense` has the shape (*batch, rows, columns), `scale` (*batch, columns), where batch dims may be 1.
+    `dense` has the shape (*batch, rows, columns), `factor` and `scale` (*batch, columns), where batch dims may be 1; those of
+    a dense part with a factor are.
     """
 
     window: tuple[int, int]
     dense: Tensor | None
+    factor: Tensor | None
     scale: Tensor | None
 
     @staticmethod
-    def __new__(cls: Any, shape: Any, window: tuple[int, int], dense: Tensor | None, scale: Tensor | None) -> "_Rows":
+    def __new__(
+        cls: Any, shape: Any, window: tuple[int, int], dense: Tensor | None, factor: Tensor | None, scale: Tensor | None
+    ) -> "_Rows":
         like = scale if dense is None else dense
         assert like is not None
         self = _torch.wrapper(cls, shape, like)
-        self.window, self.dense, self.scale = window, dense, scale
+        self.window, self.dense, self.factor, self.scale = window, dense, factor, scale
         return self
 
     @classmethod
-    def through(cls, func: Any, args: Any, kwargs: Any) -> Any:
-        """By its own rule, or with all rows as one tensor."""
-        found = super().through(func, args, kwargs)
-        return _mixed(func, args, kwargs) if found is None and func in _MIXING else found
+    def otherwise(cls, func: Any, args: Any, kwargs: Any) -> Any:
+        """All rows as one tensor."""
+        return _mixed(func, args, kwargs) if func in MIXING else None
 
     def own(self, numbers: Tensor) -> Tensor:
         """Of one number for each row of the Jacobian, along the last dim, those of these rows."""
         start, stop = self.window
         return numbers if stop - start == numbers.shape[-1] else numbers[..., start:stop]
+
+    def multiplied(self) -> Tensor | None:
+        """The dense part with its factor."""
+        return self.dense if self.dense is None or self.factor is None else self.dense * self.factor.unsqueeze(-2)
 
     def stacked(self, ndim: int) -> Tensor:
         """These rows as one tensor, (rows, 1..., *shape) with so many dims behind the first."""
@@ -104,15 +99,15 @@ class _Rows(StandIn):
     def matrix(self, *, spent: bool = True) -> Tensor:
         """These rows, (*shape[:-1], rows, shape[-1]); of `spent` ones nobody else will read the memory."""
         start, stop = self.window
-        full = (*self.shape[:-1], stop - start, self.shape[-1])
-        if self.dense is None:
+        full, dense = (*self.shape[:-1], stop - start, self.shape[-1]), self.multiplied()
+        if dense is None:
             assert self.scale is not None
             total = self.scale.new_zeros(full)
         else:
             if not spent and self.scale is None:
-                return self.dense.expand(full)
-            free = spent and self.dense.shape == full and self.dense.is_contiguous()
-            total = self.dense if free else self.dense.expand(full).clone(memory_format=torch.contiguous_format)
+                return dense.expand(full)
+            free = (spent or self.factor is not None) and dense.shape == full and dense.is_contiguous()
+            total = dense if free else dense.expand(full).clone(memory_format=torch.contiguous_format)
         if self.scale is not None:
             total.diagonal(start, -2, -1).add_(self.own(self.scale))
         return total
@@ -137,14 +132,25 @@ def _elementwise(func: Any, args: Any, kwargs: Any) -> _Rows | None:
         lifted[i] = part
         return func(*lifted, **kwargs)
 
-    return _Rows(shape, rows.window, apply(rows.dense, True), apply(rows.scale, False))
+    dense, factor, scale = rows.dense, rows.factor, apply(rows.scale, False)
+    if dense is not None and _samples(dense, 2) == 1 < max([_samples(args[k], 1) for k in others], default=1):
+        factor = apply(dense.new_ones((*dense.shape[:-2], shape[-1])) if factor is None else factor, False)
+    else:
+        dense = apply(dense, True)
+    return _Rows(shape, rows.window, dense, factor, scale)
+
+
+def _samples(tensor: Tensor, event_dim: int) -> int:
+    return tensor.shape[: tensor.ndim - event_dim].numel()
 
 
 def _add(func: Any, args: Any, kwargs: Any) -> _Rows | None:
     a, b = args
     if kwargs or not (isinstance(a, _Rows) and isinstance(b, _Rows) and a.shape == b.shape):
         return None
-    return _Rows(a.shape, a.window, _sum(a.dense, b.dense), _sum(a.scale, b.scale))
+    both = a.dense is not None and b.dense is not None
+    dense, factor = (_sum(a.multiplied(), b.multiplied()), None) if both else (_sum(a.dense, b.dense), _sum(a.factor, b.factor))
+    return _Rows(a.shape, a.window, dense, factor, _sum(a.scale, b.scale))
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -163,11 +169,38 @@ def _product_with_vector(func: Any, args: Any, kwargs: Any) -> _Rows | None:
 
 def _through(rows: _Rows, weight: Tensor) -> _Rows:
     """All cotangents times a matrix (*shape[-1:], columns)."""
-    dense = None if rows.dense is None else rows.dense @ weight
+    dense = None if rows.dense is None else _dense_through(rows.dense, rows.factor, weight)
     if rows.scale is not None:
-        scale, own = rows.own(rows.scale).unsqueeze(-1), rows.own(weight.mT).mT
-        dense = scale * own if dense is None else torch.addcmul(dense, scale, own)
-    return _Rows((*rows.shape[:-1], weight.shape[-1]), rows.window, dense, None)
+        scale, own = rows.own(rows.scale), rows.own(weight.mT).mT
+        if len(own) <= _FEW_ROWS and _samples(scale, 1) >= _MANY_SAMPLES and _multiplies_exactly(scale):
+            spread = torch.diag_embed(own.mT, dim1=0, dim2=1)  # delta_rs W[r, j]
+            dense = _sum(dense, _combined(scale, spread))
+        else:
+            scale = scale.unsqueeze(-1)
+            dense = scale * own if dense is None else torch.addcmul(dense, scale, own)
+    return _Rows((*rows.shape[:-1], weight.shape[-1]), rows.window, dense, None, None)
+
+
+def _dense_through(dense: Tensor, factor: Tensor | None, weight: Tensor) -> Tensor:
+    if factor is None:
+        return dense @ weight
+    if _samples(factor, 1) < 2 * len(weight):  # what is the same for all samples would take more memory than A itself
+        return (dense * factor.unsqueeze(-2)) @ weight
+    return _combined(factor, dense.flatten(0, -2).mT.unsqueeze(-1) * weight.unsqueeze(-2))
+
+
+def _combined(numbers: Tensor, matrices: Tensor) -> Tensor:
+    """For each sample another sum of the same matrices (k, rows, columns), by its numbers (*batch, k)."""
+    return (numbers @ matrices.flatten(1)).unflatten(-1, matrices.shape[1:])
+
+
+def _multiplies_exactly(like: Tensor) -> bool:
+    """Whether products of matrices are as precise as those of numbers, which are fast enough on other devices."""
+    return like.is_cpu and (like.dtype is torch.float64 or torch.get_float32_matmul_precision() == "highest")
+
+
+# For so few rows of so many samples a product with matrices of zeros is faster than one element by element along a short dim.
+_FEW_ROWS, _MANY_SAMPLES = 4, 512
 
 
 def _view(func: Any, args: Any, kwargs: Any) -> _Rows | None:
@@ -183,14 +216,14 @@ def _view(func: Any, args: Any, kwargs: Any) -> _Rows | None:
         return (part if shared else part.expand(*rows.shape[:-1], *event)).reshape(*batch, *event)
 
     event = rows.shape[-1:]
-    return _Rows(shape, rows.window, view(rows.dense, (rows.window[1] - rows.window[0], *event)), view(rows.scale, event))
+    dense = view(rows.dense, (rows.window[1] - rows.window[0], *event))
+    return _Rows(shape, rows.window, dense, view(rows.factor, event), view(rows.scale, event))
 
 
 # Fewer rows are faster one by one; measured with couplings, sums and permutations of samples of 8, 32 and 64 numbers.
 _WORTH_MIXING = 16
 
 
-# With the rows as first dim, before all that an operation knows of, its dims and sizes are those of one row, shifted by one.
 def _mixed(func: Any, args: Any, kwargs: Any) -> Any:
     """All rows, as one tensor with one more dim, through an operation that does the same to each."""
     tensors = [t for t in _torch.tree_leaves(args) if isinstance(t, Tensor)]
@@ -198,39 +231,15 @@ def _mixed(func: Any, args: Any, kwargs: Any) -> Any:
     count = first.window[1] - first.window[0]
     if count < _WORTH_MIXING or not first.ndim or any(t.ndim > first.ndim for t in tensors):
         return None
-    if func not in _BROADCASTING and not all(isinstance(t, _Rows) for t in tensors):
+    if func not in BROADCASTING and not all(isinstance(t, _Rows) for t in tensors):
         return None
-    shifted = _shifted(func, list(args), first.ndim, count)
+    shifted = with_rows(func, list(args), first.ndim, count)
     if shifted is None:
         return None
     stacked = _torch.tree_map(lambda t: t.stacked(first.ndim) if isinstance(t, _Rows) else t, shifted)
-    found = _SAME_WITH_MORE_DIMS.get(func, func)(*stacked, **kwargs)
-    results = [_Rows(t.shape[1:], first.window, t.movedim(0, -2), None) for t in _torch.tree_leaves(found) if t.ndim > 1]
+    found = SAME_WITH_MORE_DIMS.get(func, func)(*stacked, **kwargs)
+    results = [_Rows(t.shape[1:], first.window, t.movedim(0, -2), None, None) for t in _torch.tree_leaves(found) if t.ndim > 1]
     return None if not results else results if isinstance(found, (tuple, list)) else results[0]
-
-
-def _shifted(func: Any, args: list[Any], ndim: int, rows: int) -> list[Any] | None:
-    """The arguments of an operation on one row as those for all."""
-    dims, sizes = _MIXING[func]
-    if func is _aten.transpose.int:
-        return [args[0], *(d % ndim + 1 for d in args[1:])]
-    if sizes is not None:
-        ndim = len(args[sizes]) if dims is not None else ndim
-        if func is _aten.expand.default and len(args[sizes]) != ndim:
-            return None
-        args[sizes] = [rows, *args[sizes]]
-    if dims is None:
-        return args
-    if dims == len(args) and func in _OF_DIM_ZERO:
-        args.append(0)
-    named = args[dims] if dims < len(args) else None
-    if named is None or named == []:
-        return None
-    ndim += func is _aten.unsqueeze.default
-    args[dims] = [d % ndim + 1 for d in named] if isinstance(named, (list, tuple)) else named % ndim + 1
-    if func is _aten.permute.default:
-        args[dims] = [0, *args[dims]]
-    return args
 
 
 def _unsqueezed(func: Any, args: Any, kwargs: Any) -> _Rows | None:

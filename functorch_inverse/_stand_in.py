@@ -29,13 +29,15 @@ class StandIn(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        found = cls.through(func, args, kwargs or {})
+        rule, kwargs = cls.rules.get(func), kwargs or {}
+        found = None if rule is None else rule(func, args, kwargs)
         if found is None:
-            raise NotImplementedError(f"no rule for {cls.__name__} through {func}")
+            found = cls.otherwise(func, args, kwargs)
+            if found is None:
+                raise NotImplementedError(f"no rule for {cls.__name__} through {func}")
         return found
 
     @classmethod
-    def through(cls, func: Any, args: Any, kwargs: Any) -> Any:
-        """What an operation makes of it, or None."""
-        rule = cls.rules.get(func)
-        return rule(func, args, kwargs) if rule else None
+    def otherwise(cls, func: Any, args: Any, kwargs: Any) -> Any:
+        """What an operation makes of it where no rule tells, or None."""
+        return None

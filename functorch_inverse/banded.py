@@ -14,7 +14,8 @@ from torch import Tensor
 from functorch_inverse import _torch
 from functorch_inverse._banded_rules import LogAbsDet, Solve, factorise
 from functorch_inverse._bands import Width, inside, trimmed
-from functorch_inverse._coloured import bands_of
+from functorch_inverse._coloured import bands_of, bands_of_graph
+from functorch_inverse._graph import Graph
 from functorch_inverse._reduction import reduced_log_abs_det, reduced_solve
 from functorch_inverse.errors import StructureError
 from functorch_inverse.operators import JacobianOperator
@@ -67,9 +68,17 @@ class Banded:
 
     def factorise(self, operator: JacobianOperator) -> "BandedFactors":
         """The factors of all samples, shared by all solves with them."""
-        last = max(operator.shape[1] - 1, 0)
-        width = Width(min(self.lower, last), min(self.upper, last))
+        width = self._width(operator.shape[1])
         return BandedFactors._inside(bands_of(operator, width), width, self.on_singular)
+
+    def factorise_graph(self, graph: Graph) -> "BandedFactors":
+        """The same from the graph of an f that takes one real vector to another."""
+        width = self._width(graph.y.shape[-1])
+        return BandedFactors._inside(bands_of_graph(graph, width), width, self.on_singular)
+
+    def _width(self, n: int) -> Width:
+        last = max(n - 1, 0)
+        return Width(min(self.lower, last), min(self.upper, last))
 
 
 @dataclass(frozen=True, eq=False)

@@ -596,3 +596,9 @@ def test_hessians(backend):
     bands, b = systems(n=3)
     h = lambda f, log: hessian(lambda t: total((f()(t, b), log()(t))))(bands)  # noqa: E731
     assert_close(h(solve, log_abs_det), h(exact, exact_log_abs_det))
+
+
+@pytest.mark.parametrize("on_singular", ["raise", "nan"])
+def test_vmap_of_no_samples(on_singular):
+    factored = lambda bands, b: BandedFactors.of(bands, 1, 1, on_singular).solve(b)  # noqa: E731
+    assert vmap(factored)(torch.zeros(0, 3, 5), torch.zeros(0, 5)).shape == (0, 5)

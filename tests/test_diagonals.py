@@ -54,6 +54,10 @@ KNOWN = {
     "energy": lambda y: y + F.pad(torch.diff(y, dim=-1).tanh(), (1, 0)) - F.pad(torch.diff(y, dim=-1).tanh(), (0, 1)),
     "far and back": lambda y: padded(padded(y, 9, 9).sin()[..., 4:-2], 0, 3)[..., 5 : 5 + y.shape[-1]] + 2 * y,
     "corner": lambda y: y + torch.cat([y[..., 1:2].sin(), 0 * y[..., 1:]], -1),
+    "numbers": lambda y: 3 * y - neighbours(y)[0] / 2 + 2 * neighbours(y)[1],
+    "one number": lambda y: -2 * y,
+    "a number for each sample": lambda y: 2 * y * y.detach()[..., :1] + (y * y.detach().sum(-1, keepdim=True)).sin(),
+    "a number for each place": lambda y: 2 * y * torch.arange(1, N + 1, device=y.device).to(y.dtype) + neighbours(y)[1],
     "full slices": lambda y: y[:][..., 0:][..., : y.shape[-1]] * 2,
 }
 UNKNOWN = {

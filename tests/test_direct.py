@@ -297,3 +297,170 @@ def test_no_circles(event_dim):
         assert node() is None
     finally:
         gc.enable()
+
+
+# --- closures, and tridiagonal vectors, by the short way ------------------------------------------------
+
+
+def without_the_long_way(monkeypatch):
+    def linearised(*_, **__):
+        raise AssertionError("the long way")
+
+    monkeypatch.setattr("functorch_inverse._rules.Linearised", linearised)
+
+
+def block(n=4, dtype=torch.float64):
+    draw = torch.Generator().manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(n, 6), torch.nn.Tanh(), torch.nn.Linear(6, n)).to(dtype)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn(p.shape, generator=draw) / 4)
+    return net
+
+
+def truth(net, y, v, c):
+    """u and -C^T u of f(y) = 2 y + net(y) + c y^2."""
+    J = torch.func.vmap(torch.func.jacrev(lambda y: 2 * y + net(y) + c * y**2))(y)
+    u = torch.linalg.solve(J.mT, v.unsqueeze(-1)).squeeze(-1)
+    return u, *torch.autograd.grad(2 * y + net(y) + c * y**2, (*net.parameters(), c), -u)
+
+
+@pytest.mark.parametrize("solver", [fi.LU(), fi.Banded(3, 3)])
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("batch", [(5,), (2000,)])
+def test_modules_and_closures_by_the_short_way(batch, dtype, solver, monkeypatch):
+    """Parameters and loose tensors; the samples are not contiguous."""
+    net, c = block(dtype=dtype), torch.tensor(0.1, dtype=dtype, requires_grad=True)
+    y, v = torch.randn(2, *batch, 8, dtype=dtype)[..., ::2]
+    x = torch.zeros_like(y, requires_grad=True)
+    want = truth(net, y, v, c)
+    without_the_long_way(monkeypatch)
+    f = lambda y: 2 * y + net(y) + c * y**2  # noqa: E731
+    out = fi.custom_inverse(lambda x: y.clone(), f, event_dim=1, linear_solver=solver)(x)
+    for scale in (1, 2):  # the second backward takes what the first has kept
+        got = torch.autograd.grad(out, (x, *net.parameters(), c), scale * v, retain_graph=True)
+        assert_close(got, tuple(scale * t for t in want), 1e-10 if dtype is torch.float64 else 1e-3)
+
+
+def test_numbers_with_closures_by_the_short_way(monkeypatch):
+    without_the_long_way(monkeypatch)
+    a = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    y = torch.linspace(-1, 1, 5, dtype=torch.float64)
+    x = torch.sinh(2 * y).requires_grad_()
+    h = fi.custom_inverse(lambda x: torch.asinh(x) / a, lambda y: torch.sinh(a * y), event_dim=0)
+    slope = 1 / (2 * torch.cosh(2 * y))
+    assert_close(torch.autograd.grad(h(x).sum(), (x, a)), (slope, -(y / 2).sum()), 1e-12)
+
+
+def test_some_parameters_are_frozen_and_thaw(monkeypatch):
+    """What is live is asked anew in each call, whatever an earlier one has kept."""
+    without_the_long_way(monkeypatch)
+    net, c = block(), torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    y, v = torch.randn(2, 3, 4, dtype=torch.float64)
+    h = fi.custom_inverse(lambda x: y.clone(), lambda y: 2 * y + net(y) + c * y**2, event_dim=1)
+    want = truth(net, y, v, c)
+    for chosen in ([0, 3], [], [0, 1, 2, 3], [2]):
+        for i, p in enumerate(net.parameters()):
+            p.requires_grad_(i in chosen)
+        x = torch.zeros_like(y, requires_grad=True)
+        live = [p for p in net.parameters() if p.requires_grad]
+        got = torch.autograd.grad(h(x), (x, *live, c), v)
+        assert_close(got, (want[0], *(want[1 + i] for i in chosen), want[-1]), 1e-10)
+
+
+def test_half_precision_in_a_closure_goes_the_long_way():
+    """f is evaluated in float32 then."""
+    W = (torch.eye(3) * 2 + torch.rand(3, 3, generator=torch.Generator().manual_seed(0)) / 7).half().requires_grad_()
+    x = torch.linspace(-1, 1, 12).reshape(4, 3).requires_grad_()
+    f = lambda y: (y.to(W.dtype) @ W).to(y.dtype)  # noqa: E731
+    ways = [way(lambda x: x / 2, f, event_dim=1) for way in (fi.custom_inverse, long_way)]
+    got, want = (torch.autograd.grad(h(x).sum(), (x, W)) for h in ways)
+    assert got[1].dtype is torch.float16
+    assert all(map(torch.equal, got, want))
+    assert_close(got[0], torch.linalg.solve(W.float(), torch.ones(3)).expand(4, 3), 1e-6)
+
+
+def test_no_samples_with_closures():
+    net, x = block(), torch.zeros(0, 4, dtype=torch.float64, requires_grad=True)
+    out = fi.custom_inverse(lambda x: x / 2, lambda y: 2 * y + net(y), event_dim=1)(x)
+    got = torch.autograd.grad(out.sum(), (x, net[0].weight))
+    assert got[0].shape == (0, 4) and not got[1].any()
+
+
+@pytest.mark.parametrize("change", [lambda net: net[0].weight.add_(1), lambda net: setattr(net, "0", block()[0])])
+def test_a_parameter_changed_in_between_is_an_error(change):
+    net = block()
+    x = torch.ones(3, 4, dtype=torch.float64, requires_grad=True)
+    out = fi.custom_inverse(lambda x: x / 2, lambda y: 2 * y + net(y), event_dim=1)(x)
+    with torch.no_grad():
+        change(net)
+    with pytest.raises(RuntimeError, match=r"nobody could see|modified by an inplace|changed in place"):
+        out.sum().backward()
+
+
+def tridiagonal(y):
+    p = torch.nn.functional.pad(y, (1, 1))
+    return 3 * y + y**3 - 0.8 * p[..., :-2] - 1.2 * p[..., 2:].sin()
+
+
+def through(f, y, v, solver):
+    x = torch.zeros_like(y, requires_grad=True)
+    return torch.autograd.grad(fi.custom_inverse(lambda x: y.clone(), f, event_dim=1, linear_solver=solver)(x), x, v)[0]
+
+
+BANDED = {
+    "shifts": tridiagonal,
+    "colours": lambda y: torch.maximum(tridiagonal(y), tridiagonal(y) - 9),
+    "negative": lambda y: -tridiagonal(y),
+    "both signs": lambda y: tridiagonal(y) * (torch.arange(7) - 2.5).sign().to(y.dtype),
+    "not dominant": lambda y: torch.nn.functional.pad(y, (1, 1))[..., :-2].tanh() + 0.1 * y + y.roll(0) ** 3,
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("batch", [(), (3,), (2, 2)])
+@pytest.mark.parametrize("name", BANDED)
+def test_tridiagonal_vectors_by_the_short_way(name, batch, dtype, monkeypatch):
+    """By one pass, or by three where an operation has no rule; f is evaluated once."""
+    y, v = torch.randn(2, *batch, 14, dtype=dtype)[..., ::2]
+    f, calls = BANDED[name], []
+    J = torch.stack([torch.autograd.functional.jacobian(f, t) for t in y.reshape(-1, 7)]).reshape(*batch, 7, 7)
+    want = torch.linalg.solve(J.mT, v.unsqueeze(-1)).squeeze(-1)
+    without_the_long_way(monkeypatch)
+    got = through(lambda y: calls.append(y) or f(y), y, v, fi.Banded(1, 1))
+    assert len(calls) == 1
+    assert_close([got], [want], 1e-11 if dtype is torch.float64 else 1e-4)
+
+
+def test_no_banded_samples():
+    y = torch.zeros(0, 7)
+    assert through(tridiagonal, y, y, fi.Banded(1, 1)).shape == (0, 7)
+
+
+@pytest.mark.parametrize("f", [tridiagonal, BANDED["colours"]])
+def test_errors_of_banded_vectors(f):
+    """The same as by the long way: outside of the bands, singular, not finite."""
+    y, v = torch.randn(2, 3, 7, dtype=torch.float64)
+    with pytest.raises(fi.StructureError, match="0 diagonals below and 1 above"):
+        through(f, y, v, fi.Banded(0, 1))
+    keep = torch.ones_like(y)
+    keep[1, 3] = 0
+    with pytest.raises(fi.SingularJacobianError, match=r"1 of 3 samples .*outermost: 1"):
+        through(lambda y: f(y) * keep, y, v, fi.Banded(1, 1))
+
+
+def test_undefined_samples_of_banded_vectors_stay_alone():
+    y, v = torch.randn(2, 3, 7, dtype=torch.float64)
+    want = through(tridiagonal, y, v, fi.Banded(1, 1))
+    for bad in (torch.nan, torch.inf):
+        y[1, 2] = bad
+        # The second is infinite on the diagonal alone.
+        for f in (tridiagonal, lambda y: y**3 + tridiagonal(y.nan_to_num(0, 0))):
+            got = through(f, y, v, fi.Banded(1, 1))
+            assert got[1].isnan().all()
+            if f is tridiagonal:
+                assert_close([got[0], got[2]], [want[0], want[2]], 1e-12)
+    singular = lambda y: y * torch.tensor([[1.0], [0], [1]], dtype=torch.float64)  # noqa: E731
+    got = through(singular, v, v, fi.Banded(1, 1, on_singular="nan"))
+    assert got[1].isnan().all()
+    assert_close([got[0], got[2]], [v[0], v[2]], 1e-12)

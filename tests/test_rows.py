@@ -46,9 +46,16 @@ def put(y):
     return z
 
 
+SHALLOW = nn.Sequential(nn.Linear(N, 5), nn.Sigmoid(), nn.Linear(5, N)).double().requires_grad_(False)
+DEEP = nn.Sequential(nn.Linear(N, 3), nn.Tanh(), nn.Linear(3, 4), nn.SiLU(), nn.Linear(4, N)).double().requires_grad_(False)
+
 FUNCTIONS = {
     "layer": lambda y: 2 * y + torch.tanh(y @ A),
     "network": lambda y: 3 * y + NET(y),
+    "two networks": lambda y: 3 * y + SHALLOW(y) + torch.tanh(y @ A) * DEEP(y) + y.sin() @ A,
+    "scaled network": lambda y: 2 * (3 + A[0]) * y + torch.tanh(0.5 * A[1] * DEEP(y) * A[2]) - DEEP(y).neg(),
+    "activation first": lambda y: 3 * y + F.relu(y @ A).sigmoid() + y.tanh() @ A,
+    "two activations": lambda y: 3 * y + torch.tanh(y @ A).sin() @ A.mT,
     "elementwise": lambda y: 3 * y + torch.sin(y) / (1 + y**2) - y.sigmoid() + F.softplus(y) + F.silu(y),
     "kinks": lambda y: 3 * y + F.relu(y) + F.elu(y) + F.leaky_relu(y) + y.clamp(-1, 1) + y.abs(),
     "branches": lambda y: torch.where(y > 0, 2 * y, y.exp()) @ (A + 2 * torch.eye(N)),
@@ -81,15 +88,16 @@ FUNCTIONS = {
     "the mean of all": lambda y: 2 * y + y.sin().mean(-1, keepdim=True).expand_as(y) * y,
 }
 MIXING = list(FUNCTIONS)[-15:]
+LAYERS = ["layer", "two networks", "scaled network", "activation first", "two activations"]
 
 
-@pytest.mark.parametrize("batch", [(), (5,), (2, 3), (N,), (1, N)])
+@pytest.mark.parametrize("batch", [(), (5,), (2, 3), (N,), (1, N), (4, 1, 5)])
 @pytest.mark.parametrize("way", ["as one batch", "mixing all", "mixing much"])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_as_by_autograd(name, batch, way, monkeypatch):
     """Also where there are as many samples as numbers in each, so that no dim may be taken for another."""
     if way != "as one batch":
-        monkeypatch.setattr("functorch_inverse._graph._MANY_NUMBERS", 0)
+        monkeypatch.setattr("functorch_inverse._graph._SMALL", 0)
         monkeypatch.setattr("functorch_inverse._rows._WORTH_MIXING", 1 if way == "mixing all" else 16)
     f = FUNCTIONS[name]
     y = torch.randn(*batch, N, dtype=torch.float64)
@@ -101,9 +109,9 @@ def test_as_by_autograd(name, batch, way, monkeypatch):
     assert_close(got, (want,), 1e-5 if name == "precision" else 1e-9)
 
 
-@pytest.mark.parametrize("batch", [(), (5,), (2, 3), (0,)])
+@pytest.mark.parametrize("batch", [(), (5,), (2, 3), (0,), (20,)])
 @pytest.mark.parametrize("chunk", [1, 3, N - 1, N, N + 2])
-@pytest.mark.parametrize("name", ["layer", "quotient", "elementwise", "linear", "scaled", "products"])
+@pytest.mark.parametrize("name", [*LAYERS, "quotient", "elementwise", "linear", "scaled", "products"])
 def test_some_rows_at_once(name, chunk, batch):
     """Each row is the same, with however many others it is pulled back."""
     f, y = FUNCTIONS[name], torch.randn(*batch, N, dtype=torch.float64)
@@ -219,8 +227,8 @@ def test_a_shared_jacobian_is_not_changed():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("batch", [(), (3,), (2000,), (0,)])
-@pytest.mark.parametrize("n", [1, 2, 3, 5])
+@pytest.mark.parametrize("batch", [(), (3,), (3000,), (0,)])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
 def test_small_vectors(n, batch, dtype):
     """Few numbers as one batch, few rows one by one; not contiguous, too."""
     y = torch.linspace(-1, 1, 2 * n * max(torch.Size(batch).numel(), 1), dtype=dtype)[: 2 * n * torch.Size(batch).numel()]
@@ -233,6 +241,64 @@ def test_small_vectors(n, batch, dtype):
     want = torch.linalg.solve(J.mT, v.to(wide).unsqueeze(-1)).squeeze(-1).to(dtype)
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+@pytest.mark.parametrize("kind", ["layer", "network", "both", "coupling"])
+def test_many_small_vectors(n, kind, monkeypatch):
+    """All rows at once, also where a pass of their own would be cheap; what mixes numbers goes one by one."""
+    monkeypatch.setattr("functorch_inverse._graph._SMALL", 0)
+    monkeypatch.setattr("functorch_inverse._graph._MANY_NUMBERS", 1)
+    net = nn.Sequential(nn.Linear(n, 5), nn.Tanh(), nn.Linear(5, n)).double().requires_grad_(False)
+    W = torch.randn(n, n, dtype=torch.float64) / 4
+    f = {
+        "layer": lambda y: 3 * y + torch.tanh(y @ W),
+        "network": lambda y: 3 * y + net(y),
+        "both": lambda y: 3 * y + torch.tanh(torch.tanh(y @ W) @ W.mT + y.sin()) + (y**3 * net(y).tanh()) @ W / 9,
+        "coupling": lambda y: torch.cat([2 * y[..., :1], y[..., 1:] * y[..., :1].exp()], -1),
+    }[kind]
+    y = torch.randn(600, n, dtype=torch.float64)
+    x, v = f(y).requires_grad_(), torch.randn_like(y)
+    got = torch.autograd.grad(fi.custom_inverse(lambda x: y.clone(), f, event_dim=1)(x), x, v)
+    J = torch.func.vmap(torch.func.jacrev(f))(y)
+    assert_close(got, (torch.linalg.solve(J.mT, v.unsqueeze(-1)).squeeze(-1),), 1e-9)
+
+
+def test_single_numbers_are_multiplied_in_full_precision(monkeypatch):
+    """A product of matrices of float32 may be asked to round more."""
+    W = torch.randn(3, 3) / 4
+    y, x = torch.randn(2000, 3), torch.zeros(2000, 3, requires_grad=True)
+    products = []
+    monkeypatch.setattr("functorch_inverse._rows._combined", lambda *_: products.append(1))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        (got,) = torch.autograd.grad(fi.custom_inverse(lambda x: y, lambda y: 3 * y + (y @ W).sin(), event_dim=1)(x).sum(), x)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    J = 3 * torch.eye(3) + W.T * (y @ W).cos().unsqueeze(-1)
+    assert_close(got, torch.linalg.solve(J.mT, torch.ones(2000, 3, 1)).squeeze(-1), 1e-5)
+    assert not products
+
+
+@pytest.mark.parametrize("n", [3, N])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_undefined_samples_stay_alone(bad, n):
+    """Where samples are the rows of one product of matrices."""
+    net = nn.Sequential(nn.Linear(n, 5), nn.SiLU(), nn.Linear(5, n)).double().requires_grad_(False)
+    y = torch.randn(2000, n, dtype=torch.float64)
+
+    def grad(y):
+        x = torch.zeros_like(y, requires_grad=True)
+        h = fi.custom_inverse(lambda x: y.clone(), lambda y: 3 * y + net(y) + y**3, event_dim=1)
+        return torch.autograd.grad(h(x).sum(), x)[0]
+
+    want = grad(y)
+    y[7, 1] = bad
+    got = grad(y)
+    assert got[7].isnan().all()
+    others = torch.arange(2000) != 7
+    torch.testing.assert_close(got[others], want[others], rtol=1e-12, atol=1e-12)
 
 
 HOOKS = {
@@ -249,7 +315,7 @@ HOOKS = {
 @pytest.mark.parametrize("few", [True, False])
 def test_a_hook_may_look_at_what_it_is_given(name, solver, few, monkeypatch):
     """It sees a tensor like any other in the end."""
-    monkeypatch.setattr("functorch_inverse._graph._MANY_NUMBERS", 2**13 if few else 0)
+    monkeypatch.setattr("functorch_inverse._graph._SMALL", 2**13 if few else 0)
     W = torch.randn(N, N, dtype=torch.float64) / N
 
     def f(y, hook=None):
