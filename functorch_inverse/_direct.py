@@ -22,9 +22,11 @@ from functorch_inverse._graph import Graph, check_graph
 from functorch_inverse._inverse import InverseProblem
 from functorch_inverse._pullback import Tensors, in_torch
 from functorch_inverse._rules import ImplicitRule, Pull
+from functorch_inverse._solvers import iteration
 from functorch_inverse._tree import ONE_TENSOR, PLAIN, Tree
 from functorch_inverse._values import is_array, output
 from functorch_inverse._vectors import Like
+from functorch_inverse.krylov import Krylov
 from functorch_inverse.linear_solvers import LU
 from functorch_inverse.operators import Equation
 
@@ -93,10 +95,10 @@ def _rule(problem: InverseProblem, y: Tensor, x: Tensor, args: Tensors, seen: _S
     if equation is None:
         rule, _, _ = problem.rule(Given.of(x, tuple(args), {}), Values(ONE_TENSOR, (y,), (True,), ()), captured)
         equations[key] = equation = rule.equation
-    numbers, vectors = (equation.y_dims == equation.x_dims == (n,) for n in (0, 1))
-    if not captured.tensors and (numbers or (vectors and type(problem.linear_solver) is LU)):
-        return DirectRule(equation, problem.linear_solver, problem.evidence, captured)
-    return ImplicitRule(equation, problem.linear_solver)
+    numbers, vectors, solver = *(equation.y_dims == equation.x_dims == (n,) for n in (0, 1)), problem.linear_solver
+    if not captured.tensors and (numbers or (vectors and (type(solver) is LU or iteration(solver)))):
+        return DirectRule(equation, solver, problem.evidence, captured)
+    return ImplicitRule(equation, solver)
 
 
 class _Returned:
@@ -133,8 +135,15 @@ class DirectRule(ImplicitRule):
         if type(out) is not Tensor or out.shape != at.shape or out.dtype is not at.dtype or not out.requires_grad:
             return super().vjp(y, theta, x, wanted)
         graph = Graph(out, at, check_graph((out,), (at, *chosen)))
-        solve = _division(graph) if self.equation.y_dims == (0,) else _lu(graph, self.linear_solver)
-        return functools.partial(_pull, solve, out, tuple(chosen))
+        solve = _solve_with(graph, None if self.equation.y_dims == (0,) else self.linear_solver)
+        return super().vjp(y, theta, x, wanted) if solve is None else functools.partial(_pull, solve, out, tuple(chosen))
+
+
+def _solve_with(graph: Graph, solver: Any) -> Callable[[Tensor], Tensor] | None:
+    """v -> A^-T v."""
+    if solver is None:
+        return _division(graph)
+    return _lu(graph, solver) if type(solver) is LU else _iterated(graph, iteration(solver))
 
 
 def _division(graph: Graph) -> Callable[[Tensor], Tensor]:
@@ -152,6 +161,16 @@ def _lu(graph: Graph, solver: Any) -> Callable[[Tensor], Tensor]:
     if matrix is None:
         matrix = jacobian(lambda w: _torch.graph_grad((out,), (y,), (w,))[0], batch, rows, out, chunk=chunk)
     return functools.partial(factorised(solver, matrix, owned=True).solve, transpose=True)
+
+
+def _iterated(graph: Graph, krylov: Krylov) -> Callable[[Tensor], Tensor] | None:
+    """Vectors: products with A^T; None where those with A are needed and no tape has them."""
+    tape = graph.tape()
+    if tape is not None:
+        return functools.partial(krylov.value, tape.pull, transposed=tape.push, transpose=True, ahead=tape.ahead)
+    if krylov.two_sided:
+        return None
+    return functools.partial(krylov.value, lambda w: _torch.graph_grad((graph.output,), (graph.y,), (w,))[0], transpose=True)
 
 
 def _pull(

@@ -22,6 +22,7 @@ from functorch_inverse._gmres import gmres
 from functorch_inverse._krylov import Krylov
 from functorch_inverse._preconditioner import Apply, apply_preconditioner, prepare
 from functorch_inverse._systems import LinearSolution, Round, Systems, asymmetric, named
+from functorch_inverse._together import contract_together
 from functorch_inverse.errors import StructureError
 
 __all__ = ["CG", "GMRES", "BiCGStab", "Krylov", "LinearSolution", "NormalCG", "apply_preconditioner"]
@@ -38,6 +39,7 @@ class CG(Krylov):
     >>> assert torch.allclose(u, torch.ones(2))
     """
 
+    two_sided: ClassVar[bool] = True
     _hint: ClassVar[str] = "A or the preconditioner is not symmetric positive definite (GMRES or NormalCG do not ask for it)"
 
     def _check(self, systems: Systems) -> None:
@@ -73,6 +75,7 @@ class NormalCG(Krylov):
     >>> assert torch.allclose(u, torch.ones(2))
     """
 
+    two_sided: ClassVar[bool] = True
     _hint: ClassVar[str] = "the condition number of A enters squared (GMRES does not square it)"
 
     def _other_side(self, b: Tensor, transpose: bool) -> Apply:
@@ -110,6 +113,9 @@ class GMRES(Krylov):
         super().__post_init__()
         if self.restart < 1:
             raise ValueError(f"`GMRES`: `restart` is {self.restart}; it must be at least 1.")
+
+    def _together(self, systems: Systems) -> bool:
+        return contract_together(systems)
 
     def _round(self) -> Round:
         return functools.partial(_restarted, self.restart)
