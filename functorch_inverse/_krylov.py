@@ -170,7 +170,7 @@ class Krylov:
             None if transposed is None else conjugated(flattened(transposed, b.shape, "transposed")),
             flattened(prepare(M, b, transpose), b.shape, "preconditioner"),
             conjugated(flattened(self._other_side(b, not transpose), b.shape, "preconditioner")),
-            None if ahead is None or M is not None else flattened(ahead, b.shape, "mv"),
+            None if M is not None else ahead if ahead is None or b.ndim == 2 else flattened(ahead, b.shape, "mv"),
         )
         init = self._memory.recall(b, transpose) if init is None and self.warm_start else init
         if init is not None:

@@ -6,6 +6,7 @@ refinement. Source: Saad, Iterative Methods for Sparse Linear Systems, 2nd editi
 van der Vorst and Ye, Residual replacement strategies for Krylov subspace iterative methods (2000).
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
@@ -83,13 +84,23 @@ class Systems:
         self.target = self.rtol * size
         if atol:
             self.target = torch.maximum(self.target, torch.as_tensor(atol if self.scale is None else atol / self.scale))
-        self.steps = torch.zeros_like(size, dtype=torch.int64)
-        self.hopeless = torch.zeros_like(size, dtype=torch.bool)
-        self.u, self.r, self.residual = torch.zeros_like(self.b), self.b.clone(), size
+        self.r, self.residual, self.untouched = self.b, size, init is None
         # M r and A M r, where they are known already.
         self.begun: tuple[Tensor, Tensor] | None = None
         if init is not None:
             self._begin_at(init if self.scale is None else init / self.scale.unsqueeze(-1))
+
+    @functools.cached_property
+    def u(self) -> Tensor:
+        return torch.zeros_like(self.b)
+
+    @functools.cached_property
+    def steps(self) -> Tensor:
+        return torch.zeros_like(self.residual, dtype=torch.int64)
+
+    @functools.cached_property
+    def hopeless(self) -> Tensor:
+        return torch.zeros_like(self.residual, dtype=torch.bool)
 
     def _begin_at(self, init: Tensor) -> None:
         """From a guess, where it is better than nothing."""
@@ -149,7 +160,7 @@ def _moderate(size: Tensor) -> bool:
     """Whether squares of all numbers that are not small beside these keep their precision; not so for zero or nan."""
     most = torch.finfo(size.dtype).tiny ** -0.25
     least, largest = torch.aminmax(size)
-    return bool(least > 1 / most) and bool(largest < most)
+    return least.item() > 1 / most and largest.item() < most
 
 
 def _size(b: Tensor) -> Tensor:
@@ -165,7 +176,7 @@ Round = Callable[[Systems, Tensor, int], Tensor]
 def refine(systems: Systems, step: Round, progress: float) -> None:
     """Rounds until every system is solved or has failed three times to bring its residual down by a factor."""
     failures, attempt = torch.zeros_like(systems.steps), 0
-    active = systems.unsolved()
+    active, systems.r = systems.unsolved(), systems.r.clone()  # rounds write into it
     while active.any():
         before, kept = systems.residual, systems.u.clone()
         systems.hopeless |= step(systems, active, attempt)

@@ -10,7 +10,7 @@ It keeps a vector for each factor, as the graph does. Where A^T w = w + R w, whi
 b + w - A^T w = b - R w is even shorter.
 """
 
-from collections import Counter
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -30,7 +30,7 @@ class _Term(NamedTuple):
     """s w_i; None is a factor of one."""
 
     i: int
-    s: Tensor | None
+    s: Tensor | float | None
 
     @property
     def is_w(self) -> bool:
@@ -47,7 +47,7 @@ class _Term(NamedTuple):
         if before is None:
             known[self.i] = g if self.s is None else g * self.s
         else:
-            known[self.i] = before + g if self.s is None else torch.addcmul(before, g, self.s)
+            known[self.i] = before + g if self.s is None else torch.add(before, g * self.s)
 
 
 class _Product(NamedTuple):
@@ -135,18 +135,16 @@ class Tape(NamedTuple):
     def ahead(self) -> Callable[[Tensor, Tensor], Tensor] | None:
         """(b, w) -> b + w - A^T w, where A^T w = w + R w ends in this sum."""
         last = self.steps[-1] if self.steps else None
+        first = self.steps[:-1] if any(self.steps[:-1]) else ()
         if self.result.i != len(self.steps) or self.result.s is not None:
             return None
-        if isinstance(last, _Update):
-            return self._ahead if last.other.is_w else None
-        return self._ahead if isinstance(last, _Sum) and (last.term.is_w or last.other.is_w) else None
+        if isinstance(last, _Update) and last.other.is_w:
+            return lambda b, w: last.product.added_to(b, self._run(w, first), -1)
+        if isinstance(last, _Sum) and (last.term.is_w or last.other.is_w):
+            rest = last.term if last.other.is_w else last.other
+            return lambda b, w: b - rest.of(self._run(w, first))
+        return None
 
-    def _ahead(self, b: Tensor, w: Tensor) -> Tensor:
-        known, last = self._run(w, self.steps[:-1]), self.steps[-1]
-        if isinstance(last, _Update):
-            return last.product.added_to(b, known, -1)
-        assert isinstance(last, _Sum)
-        return b - (last.term if last.other.is_w else last.other).of(known)
 
     def push(self, v: Tensor) -> Tensor:
         """A v."""
@@ -174,13 +172,12 @@ def tape_of_graph(output: Tensor, y: Tensor) -> Tape | None:
 
 def _fused(steps: list[Any], result: _Term) -> list[_Step]:
     """Products that go into one sum and nowhere else, as a part of it."""
-    uses = Counter([result.i, *(part.i for step in steps for part in step if isinstance(part, _Term))])
+    uses = [result.i, *[part.i for step in steps for part in step if type(part) is _Term]]
     for k, step in enumerate(steps):
-        if isinstance(step, _Sum):
-            for (i, s), other in (step, step[::-1]):
-                if s is None and i and uses[i] == 1 and isinstance(steps[i - 1], _Product):
-                    steps[i - 1], steps[k] = None, _Update(steps[i - 1], other)
-                    break
+        for (i, s), other in (step, step[::-1]) if type(step) is _Sum else ():
+            if i and s is None and type(steps[i - 1]) is _Product and uses.count(i) == 1:
+                steps[i - 1], steps[k] = None, _Update(steps[i - 1], other)
+                break
     return steps
 
 
@@ -202,17 +199,27 @@ class _Recorded(StandIn):
         return _Recorded(self, shape, self.steps, _Term(len(self.steps), None))
 
 
+_ON_NUMBERS: dict[Any, Callable[[float, float], float]] = {
+    _aten.mul.Tensor: operator.mul, _aten.mul.Scalar: operator.mul,
+    _aten.div.Tensor: operator.truediv, _aten.div.Scalar: operator.truediv,
+}  # fmt: skip
+
+
 def _elementwise(func: Any, args: Any, kwargs: Any) -> _Recorded | None:
-    places = [i for i, arg in enumerate(args) if isinstance(arg, _Recorded)]
-    if len(places) != 1 or (func in DIVISIONS and places != [0]):
-        return None
-    w = args[places[0]]
-    if not w.ndim or not all(_fits(t.shape, w.shape) for t in args if isinstance(t, Tensor)):
+    place = 0 if isinstance(args[0], _Recorded) else 1
+    w, others = args[place], (*args[:place], *args[place + 1 :])
+    if (place and func in DIVISIONS) or not w.ndim:
         return None
     i, s = w.term
-    one = torch.ones((), dtype=w.dtype, device=w.device).expand((1,) * (w.ndim - 1) + w.shape[-1:]) if s is None else s
-    s = func(*args[: places[0]], one, *args[places[0] + 1 :], **kwargs)
-    return _Recorded(w, w.shape, w.steps, _Term(i, s))
+    if not isinstance(s, Tensor):
+        s = 1.0 if s is None else s
+        if func in _ON_NUMBERS and type(others[0]) in (float, int):
+            return _Recorded(w, w.shape, w.steps, _Term(i, _ON_NUMBERS[func](s, others[0])))
+        s = torch.full((1,) * w.ndim, s, dtype=w.dtype, device=w.device)
+    for t in others:
+        if isinstance(t, Tensor) and (isinstance(t, _Recorded) or not _fits(t.shape, w.shape)):
+            return None
+    return _Recorded(w, w.shape, w.steps, _Term(i, func(*others[:place], s, *others[place:], **kwargs)))
 
 
 def _fits(shape: torch.Size, into: torch.Size) -> bool:

@@ -23,24 +23,28 @@ _PACE, _NEAR = 1 / 2, 0.1
 
 def contract_together(s: Systems) -> bool:
     """Whether all systems are solved; where they are not, others go on from what is reached, or from the first product."""
-    floor = s.target.clamp(min=torch.finfo(s.target.dtype).tiny)
-    before = _worst(s.residual, floor)
-    if before <= 1:
+    if not s.untouched and not s.unsolved().any():
         return True
     direction, product = s.begin()
     c = _mean(s.r, product)
-    if not 1e-6 < abs(c) < 1e6:  # nor nan
+    if not 1e-6 < abs(c) < 1e6 or s.max_steps < 3:  # nor nan
         return False
     r = torch.sub(s.r, product, alpha=1 / c)
-    size, pace = norm(r), min(_PACE, s.rtol ** (1 / r.shape[-1]))  # n steps of other methods are enough for any system
-    if not (size <= pace * s.residual).all():
+    size, tiny = norm(r), torch.finfo(s.target.dtype).tiny
+    pace = _worst(size, s.residual.clamp(min=tiny))
+    if not pace <= min(_PACE, s.rtol ** (1 / r.shape[-1])):  # n steps of other methods are enough for any system
         return False
-    s.begun, left, step, seen = None, _worst(size, floor), 1, 1
-    u, look = torch.add(s.u, direction, alpha=1 / c), _next_look(1, 1, left, before, s.max_steps)
-    u.add_(s.maps.precondition(r), alpha=1 / c)
-    ahead = s.maps.ahead if c == 1 else None
+    s.begun, u = None, torch.add(direction, s.maps.precondition(r))
+    u = torch.add(s.u, u, alpha=1 / c) if c != 1 or not s.untouched else u
+    floor = s.target.clamp(min=tiny)
+    return _go_on(s, u, c, floor, _worst(size, floor), pace)
+
+
+def _go_on(s: Systems, u: Tensor, c: complex, floor: Tensor, left: float, pace: float) -> bool:
+    """From two steps on; the first of them left so many times the target."""
+    ahead, step, seen = s.maps.ahead if c == 1 else None, 2, 1
+    look = _next_look(1, left, pace, s.max_steps)
     while True:
-        step += 1
         if ahead is None:
             r = s.b - s.maps.mv(u)
         else:
@@ -49,10 +53,15 @@ def contract_together(s: Systems) -> bool:
             r = r if ahead is None else after - u
             size, before = norm(r), left
             left = _worst(size, floor)
-            if not (1 < left <= _PACE ** (step - seen) * before and step < s.max_steps):
-                return _end(s, u, r, size, step)
-            look, seen = _next_look(step, step - seen, left, before, s.max_steps), step
+            pace = (left / before) ** (1 / (step - seen)) if before else math.inf
+            if left <= 1:
+                s.u, s.r, s.residual = u, r, size
+                return True
+            if not pace <= _PACE or step >= s.max_steps:
+                return _leave(s, u, r, size, step)
+            look, seen = _next_look(step, left, pace, s.max_steps), step
         u = u.add_(s.maps.precondition(r), alpha=1 / c) if ahead is None else after
+        step += 1
 
 
 def _mean(r: Tensor, product: Tensor) -> complex:
@@ -64,20 +73,18 @@ def _mean(r: Tensor, product: Tensor) -> complex:
 
 
 def _worst(size: Tensor, target: Tensor) -> float:
-    return float((size / target).max())
+    return (size / target).max().item()
 
 
-def _next_look(step: int, steps: int, left: float, before: float, most: int) -> int:
-    """When so many times the target should have gone down to one, at the rate of the last steps; soon, while little is known."""
-    needed = math.ceil(steps * math.log(left) / math.log(before / left)) if 1 < left < before < math.inf else 1
+def _next_look(step: int, left: float, pace: float, most: int) -> int:
+    """When so many times the target should have gone down to one, at this pace; soon, while little is known of it."""
+    needed = math.ceil(math.log(left) / -math.log(pace)) if 1 < left < math.inf and pace else 1
     return min(step + max(needed, 1), 2 * step + 1, most)
 
 
-def _end(s: Systems, u: Tensor, r: Tensor, size: Tensor, steps: int) -> bool:
+def _leave(s: Systems, u: Tensor, r: Tensor, size: Tensor, steps: int) -> bool:
     """What is reached, but where it is worse than what was there before."""
     start, before, s.u, s.r, s.residual = s.u, s.residual, u, r, size
     s.steps += steps
-    if (size <= s.target).all():
-        return True
     s.take_back(start, ~(size <= before))
     return False
