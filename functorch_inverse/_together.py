@@ -9,6 +9,8 @@ Source: Saad, Iterative Methods for Sparse Linear Systems, 2nd edition (2003), s
 """
 
 import math
+from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,59 +19,77 @@ from functorch_inverse._systems import Systems, norm
 
 __all__ = ["contract_together"]
 
-# What a step may leave of a residual; and how near to one c is one, as for most contractions.
-_PACE, _NEAR = 1 / 2, 0.1
+# What a step may leave of a residual.
+_PACE = 1 / 2
+
+# u -> the u after it, and the r of u, or None: then with c = 1 and M = I it is their difference.
+_Step: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 
 def contract_together(s: Systems) -> bool:
     """Whether all systems are solved; where they are not, others go on from what is reached, or from the first product."""
     if not s.untouched and not s.unsolved().any():
         return True
+    if s.max_steps < 3:
+        return False
+    found = _in_sums(s)
+    return _in_products(s) if found is None else found
+
+
+def _in_sums(s: Systems) -> bool | None:
+    """The series of A = I - B, as it is written: u = b + B u; None where it does not contract."""
+    ahead = s.maps.ahead
+    if ahead is None:
+        return None
+    first = s.b if s.untouched else s.u + s.r
+    u = ahead(s.b, first)
+    r = u - first
+    found = _go_on(s, u, r, lambda u: (ahead(s.b, u), None))
+    if found is None:
+        s.begun = s.r, s.r - r
+    return found
+
+
+def _in_products(s: Systems) -> bool:
     direction, product = s.begin()
-    c = _mean(s.r, product)
-    if not 1e-6 < abs(c) < 1e6 or s.max_steps < 3:  # nor nan
+    M, size = s.maps.precondition, torch.vdot(s.r.flatten(), s.r.flatten()).item().real
+    c = torch.vdot(s.r.flatten(), product.flatten()).item() / size if size else math.nan
+    if not 1e-6 < abs(c) < 1e6:  # nor nan
         return False
     r = torch.sub(s.r, product, alpha=1 / c)
-    size, tiny = norm(r), torch.finfo(s.target.dtype).tiny
-    pace = _worst(size, s.residual.clamp(min=tiny))
-    if not pace <= min(_PACE, s.rtol ** (1 / r.shape[-1])):  # n steps of other methods are enough for any system
-        return False
-    s.begun, u = None, torch.add(direction, s.maps.precondition(r))
-    u = torch.add(s.u, u, alpha=1 / c) if c != 1 or not s.untouched else u
-    floor = s.target.clamp(min=tiny)
-    return _go_on(s, u, c, floor, _worst(size, floor), pace)
+
+    def step(u: Tensor) -> tuple[Tensor, Tensor]:
+        r = s.b - s.maps.mv(u)
+        return torch.add(u, M(r), alpha=1 / c), r
+
+    return _go_on(s, torch.add(s.u, direction + M(r), alpha=1 / c), r, step) or False
 
 
-def _go_on(s: Systems, u: Tensor, c: complex, floor: Tensor, left: float, pace: float) -> bool:
-    """From two steps on; the first of them left so many times the target."""
-    ahead, step, seen = s.maps.ahead if c == 1 else None, 2, 1
+def _go_on(s: Systems, u: Tensor, r: Tensor, step: _Step) -> bool | None:
+    """From two steps on, where r was left by the first; None where a system does not contract in that one."""
+    floor, before = s.target, s.residual
+    if s.scale is not None:  # only then there may be zeros
+        floor, before = (t.clamp(min=torch.finfo(t.dtype).tiny) for t in (floor, before))
+    size = norm(r)
+    pace = _worst(size, before)
+    if not pace <= min(_PACE, s.rtol ** (1 / u.shape[-1])):  # n steps of other methods are enough for any system; nor nan
+        return None
+    s.begun, left, steps, seen = None, _worst(size, floor), 2, 1
     look = _next_look(1, left, pace, s.max_steps)
     while True:
-        if ahead is None:
-            r = s.b - s.maps.mv(u)
-        else:
-            after = ahead(s.b, u)
-        if step == look:
-            r = r if ahead is None else after - u
-            size, before = norm(r), left
+        after, residual = step(u)
+        if steps == look:
+            r = after - u if residual is None else residual
+            size, last = norm(r), left
             left = _worst(size, floor)
-            pace = (left / before) ** (1 / (step - seen)) if before else math.inf
             if left <= 1:
                 s.u, s.r, s.residual = u, r, size
                 return True
-            if not pace <= _PACE or step >= s.max_steps:
-                return _leave(s, u, r, size, step)
-            look, seen = _next_look(step, left, pace, s.max_steps), step
-        u = u.add_(s.maps.precondition(r), alpha=1 / c) if ahead is None else after
-        step += 1
-
-
-def _mean(r: Tensor, product: Tensor) -> complex:
-    """c."""
-    r, product = r.flatten(), product.flatten()
-    size = torch.vdot(r, r).item().real
-    c = torch.vdot(r, product).item() / size if size else math.nan
-    return 1 if abs(c - 1) < _NEAR else c
+            pace = (left / last) ** (1 / (steps - seen)) if last else math.inf
+            if not pace <= _PACE or steps == s.max_steps:
+                return _leave(s, u, r, size, steps)
+            look, seen = _next_look(steps, left, pace, s.max_steps), steps
+        u, steps = after, steps + 1
 
 
 def _worst(size: Tensor, target: Tensor) -> float:
