@@ -20,7 +20,7 @@ from functorch_inverse._chunks import chunk_of, jacobian, widest
 from functorch_inverse._dense import factorised
 from functorch_inverse._graph import Graph, check_graph
 from functorch_inverse._inverse import InverseProblem
-from functorch_inverse._pullback import Tensors, in_torch
+from functorch_inverse._pullback import GraphPullback, Tensors, in_torch
 from functorch_inverse._rules import ImplicitRule, Pull
 from functorch_inverse._solvers import iteration
 from functorch_inverse._tree import ONE_TENSOR, PLAIN, Tree
@@ -135,15 +135,14 @@ class DirectRule(ImplicitRule):
         if type(out) is not Tensor or out.shape != at.shape or out.dtype is not at.dtype or not out.requires_grad:
             return super().vjp(y, theta, x, wanted)
         graph = Graph(out, at, check_graph((out,), (at, *chosen)))
-        solve = _solve_with(graph, None if self.equation.y_dims == (0,) else self.linear_solver)
-        return super().vjp(y, theta, x, wanted) if solve is None else functools.partial(_pull, solve, out, tuple(chosen))
+        return functools.partial(_pull, self._solve_with(graph), out, tuple(chosen))
 
-
-def _solve_with(graph: Graph, solver: Any) -> Callable[[Tensor], Tensor] | None:
-    """v -> A^-T v."""
-    if solver is None:
-        return _division(graph)
-    return _lu(graph, solver) if type(solver) is LU else _iterated(graph, iteration(solver))
+    def _solve_with(self, graph: Graph) -> Callable[[Tensor], Tensor]:
+        """v -> A^-T v."""
+        if self.equation.y_dims == (0,):
+            return _division(graph)
+        krylov = iteration(self.linear_solver)
+        return _lu(graph, self.linear_solver) if krylov is None else _iterated(graph, krylov)
 
 
 def _division(graph: Graph) -> Callable[[Tensor], Tensor]:
@@ -163,14 +162,13 @@ def _lu(graph: Graph, solver: Any) -> Callable[[Tensor], Tensor]:
     return functools.partial(factorised(solver, matrix, owned=True).solve, transpose=True)
 
 
-def _iterated(graph: Graph, krylov: Krylov) -> Callable[[Tensor], Tensor] | None:
-    """Vectors: products with A^T; None where those with A are needed and no tape has them."""
+def _iterated(graph: Graph, krylov: Krylov) -> Callable[[Tensor], Tensor]:
+    """Vectors: products with A^T, and with A where they are asked for."""
     tape = graph.tape()
     if tape is not None:
         return functools.partial(krylov.value, tape.pull, transposed=tape.push, transpose=True, ahead=tape.ahead)
-    if krylov.two_sided:
-        return None
-    return functools.partial(krylov.value, lambda w: _torch.graph_grad((graph.output,), (graph.y,), (w,))[0], transpose=True)
+    at = GraphPullback.of_graph(graph)
+    return functools.partial(krylov.value, lambda w: at.to_y((w,))[0], transposed=lambda v: at.push((v,))[0], transpose=True)
 
 
 def _pull(

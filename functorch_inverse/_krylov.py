@@ -65,8 +65,6 @@ class Krylov:
     # What a round of the method must bring the residual down by, so as not to count as a failure.
     _progress: ClassVar[float] = 0.5
     _hint: ClassVar[str] = ""
-    # Whether it takes products with A and A^T.
-    two_sided: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -113,7 +111,9 @@ class Krylov:
         """
         self._look(b)
         b = b.detach()
-        return self._solution(self._systems(mv, b, transposed, init, transpose), b.shape, transpose) if b.numel() else _nothing(b)
+        if not b.numel():
+            return _nothing(b)
+        return self._solution(self._systems(mv, b, transposed, init, transpose), b.shape, transpose)
 
     @torch.no_grad()
     def value(
@@ -220,7 +220,7 @@ class Krylov:
         )
         if self.on_failure == "raise":
             raise NotConvergedError(text)
-        warnings.warn(text, RuntimeWarning, stacklevel=4)
+        warnings.warn(text, RuntimeWarning, stacklevel=5)
 
     def _advice(self, s: Systems, which: Tensor) -> str:
         return (

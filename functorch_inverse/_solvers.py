@@ -50,7 +50,7 @@ class _Iteration:
             krylov, transpose = self.krylov, system.transpose
         else:
             krylov, transpose = replace(self.krylov, preconditioner=system.near), False
-        found = krylov.value(system.mv, b, transposed=system.rmv, transpose=transpose)
+        found = krylov.value(system.mv, b, transposed=system.rmv, transpose=transpose, ahead=system.ahead)
         # The part of p outside of the range of A is some 1 / sqrt(n) of it.
         loose = replace(krylov, rtol=0.03 / max(b.shape[-1], 1) ** 0.5, atol=0.0, warm_start=False)
         _probe(system, b, lambda p: loose.value(system.mv, p, transposed=system.rmv))

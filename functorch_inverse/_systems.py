@@ -160,7 +160,7 @@ def _moderate(size: Tensor) -> bool:
     """Whether squares of all numbers that are not small beside these keep their precision; not so for zero or nan."""
     most = torch.finfo(size.dtype).tiny ** -0.25
     least, largest = torch.aminmax(size)
-    return least.item() > 1 / most and largest.item() < most
+    return bool(least.item() > 1 / most and largest.item() < most)
 
 
 def _size(b: Tensor) -> Tensor:

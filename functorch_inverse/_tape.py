@@ -145,7 +145,6 @@ class Tape(NamedTuple):
             return lambda b, w: b - rest.of(self._run(w, first))
         return None
 
-
     def push(self, v: Tensor) -> Tensor:
         """A v."""
         known: Known = [None] * (len(self.steps) + 1)

@@ -19,8 +19,9 @@ from functorch_inverse._systems import Systems, norm
 
 __all__ = ["contract_together"]
 
-# What a step may leave of a residual.
-_PACE = 1 / 2
+# What a step may leave of a residual, and where it costs next to nothing beside one of another method; how near to one c is
+# no news; and from how many numbers on a product is dear.
+_PACE, _CHEAP_PACE, _NEAR, _DEAR = 1 / 2, 0.7, 0.1, 2**20
 
 # u -> the u after it, and the r of u, or None: then with c = 1 and M = I it is their difference.
 _Step: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor | None]]
@@ -37,7 +38,7 @@ def contract_together(s: Systems) -> bool:
 
 
 def _in_sums(s: Systems) -> bool | None:
-    """The series of A = I - B, as it is written: u = b + B u; None where it does not contract."""
+    """The series of A = I - B, as it is written: u = b + B u; None where nothing came of it."""
     ahead = s.maps.ahead
     if ahead is None:
         return None
@@ -51,10 +52,12 @@ def _in_sums(s: Systems) -> bool | None:
 
 
 def _in_products(s: Systems) -> bool:
+    """The same for any A and M."""
     direction, product = s.begin()
     M, size = s.maps.precondition, torch.vdot(s.r.flatten(), s.r.flatten()).item().real
     c = torch.vdot(s.r.flatten(), product.flatten()).item() / size if size else math.nan
-    if not 1e-6 < abs(c) < 1e6:  # nor nan
+    tried = s.maps.ahead is not None and abs(c - 1) < _NEAR
+    if tried or not 1e-6 < abs(c) < 1e6:  # nor nan
         return False
     r = torch.sub(s.r, product, alpha=1 / c)
 
@@ -66,7 +69,7 @@ def _in_products(s: Systems) -> bool:
 
 
 def _go_on(s: Systems, u: Tensor, r: Tensor, step: _Step) -> bool | None:
-    """From two steps on, where r was left by the first; None where a system does not contract in that one."""
+    """From two steps on, where r was left by the first; None where a system does not contract so, or others do better."""
     floor, before = s.target, s.residual
     if s.scale is not None:  # only then there may be zeros
         floor, before = (t.clamp(min=torch.finfo(t.dtype).tiny) for t in (floor, before))
@@ -74,8 +77,8 @@ def _go_on(s: Systems, u: Tensor, r: Tensor, step: _Step) -> bool | None:
     pace = _worst(size, before)
     if not pace <= min(_PACE, s.rtol ** (1 / u.shape[-1])):  # n steps of other methods are enough for any system; nor nan
         return None
-    s.begun, left, steps, seen = None, _worst(size, floor), 2, 1
-    look = _next_look(1, left, pace, s.max_steps)
+    left, steps, seen, dear = _worst(size, floor), 2, 1, u.numel() * u.shape[-1] >= _DEAR
+    look = 2 if dear else _next_look(1, left, pace, s.max_steps)
     while True:
         after, residual = step(u)
         if steps == look:
@@ -86,10 +89,19 @@ def _go_on(s: Systems, u: Tensor, r: Tensor, step: _Step) -> bool | None:
                 s.u, s.r, s.residual = u, r, size
                 return True
             pace = (left / last) ** (1 / (steps - seen)) if last else math.inf
-            if not pace <= _PACE or steps == s.max_steps:
+            slow = not pace <= (_PACE if dear or s.maps.ahead is None else _CHEAP_PACE)
+            if seen == 1 and (slow or (dear and _alike(r, s.r))):
+                return None
+            if slow or steps == s.max_steps:
                 return _leave(s, u, r, size, steps)
             look, seen = _next_look(steps, left, pace, s.max_steps), steps
         u, steps = after, steps + 1
+
+
+def _alike(r: Tensor, before: Tensor) -> bool:
+    """Whether two steps left r much as it was, as where A is symmetric or skew: then recurrences take fewer products."""
+    sizes = torch.linalg.vector_norm(r) * torch.linalg.vector_norm(before)
+    return bool(torch.vdot(r.flatten(), before.flatten()).abs() > 0.5 * sizes)
 
 
 def _worst(size: Tensor, target: Tensor) -> float:
@@ -104,7 +116,7 @@ def _next_look(step: int, left: float, pace: float, most: int) -> int:
 
 def _leave(s: Systems, u: Tensor, r: Tensor, size: Tensor, steps: int) -> bool:
     """What is reached, but where it is worse than what was there before."""
-    start, before, s.u, s.r, s.residual = s.u, s.residual, u, r, size
+    start, before, s.u, s.r, s.residual, s.begun = s.u, s.residual, u, r, size, None
     s.steps += steps
     s.take_back(start, ~(size <= before))
     return False

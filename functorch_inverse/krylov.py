@@ -39,7 +39,6 @@ class CG(Krylov):
     >>> assert torch.allclose(u, torch.ones(2))
     """
 
-    two_sided: ClassVar[bool] = True
     _hint: ClassVar[str] = "A or the preconditioner is not symmetric positive definite (GMRES or NormalCG do not ask for it)"
 
     def _check(self, systems: Systems) -> None:
@@ -75,7 +74,6 @@ class NormalCG(Krylov):
     >>> assert torch.allclose(u, torch.ones(2))
     """
 
-    two_sided: ClassVar[bool] = True
     _hint: ClassVar[str] = "the condition number of A enters squared (GMRES does not square it)"
 
     def _other_side(self, b: Tensor, transpose: bool) -> Apply:
