@@ -111,7 +111,7 @@ def _worst(size: Tensor, target: Tensor) -> float:
 def _next_look(step: int, left: float, pace: float, most: int) -> int:
     """When so many times the target should have gone down to one, at this pace; soon, while little is known of it."""
     needed = math.ceil(math.log(left) / -math.log(pace)) if 1 < left < math.inf and pace else 1
-    return min(step + max(needed, 1), 2 * step + 1, most)
+    return min(step + max(needed, 1), 3 * step + 1, most)
 
 
 def _leave(s: Systems, u: Tensor, r: Tensor, size: Tensor, steps: int) -> bool:
