@@ -77,8 +77,10 @@ def _go_on(s: Systems, u: Tensor, r: Tensor, step: _Step) -> bool | None:
     pace = _worst(size, before)
     if not pace <= min(_PACE, s.rtol ** (1 / u.shape[-1])):  # n steps of other methods are enough for any system; nor nan
         return None
-    left, steps, seen, dear = _worst(size, floor), 2, 1, u.numel() * u.shape[-1] >= _DEAR
-    look = 2 if dear else _next_look(1, left, pace, s.max_steps)
+    dear = u.numel() * u.shape[-1] >= _DEAR
+    slowest, stretch = (_PACE, 2) if dear or s.maps.ahead is None else (_CHEAP_PACE, 3)
+    left, steps, seen = _worst(size, floor), 2, 1
+    look = 2 if dear else _next_look(1, left, pace, stretch, s.max_steps)
     while True:
         after, residual = step(u)
         if steps == look:
@@ -89,12 +91,11 @@ def _go_on(s: Systems, u: Tensor, r: Tensor, step: _Step) -> bool | None:
                 s.u, s.r, s.residual = u, r, size
                 return True
             pace = (left / last) ** (1 / (steps - seen)) if last else math.inf
-            slow = not pace <= (_PACE if dear or s.maps.ahead is None else _CHEAP_PACE)
-            if seen == 1 and (slow or (dear and _alike(r, s.r))):
+            if seen == 1 and (not pace <= slowest or (dear and _alike(r, s.r))):
                 return None
-            if slow or steps == s.max_steps:
+            if not pace <= slowest or steps == s.max_steps:
                 return _leave(s, u, r, size, steps)
-            look, seen = _next_look(steps, left, pace, s.max_steps), steps
+            look, seen = _next_look(steps, left, pace, stretch, s.max_steps), steps
         u, steps = after, steps + 1
 
 
@@ -108,10 +109,10 @@ def _worst(size: Tensor, target: Tensor) -> float:
     return (size / target).max().item()
 
 
-def _next_look(step: int, left: float, pace: float, most: int) -> int:
+def _next_look(step: int, left: float, pace: float, stretch: int, most: int) -> int:
     """When so many times the target should have gone down to one, at this pace; soon, while little is known of it."""
     needed = math.ceil(math.log(left) / -math.log(pace)) if 1 < left < math.inf and pace else 1
-    return min(step + max(needed, 1), 3 * step + 1, most)
+    return min(step + max(needed, 1), stretch * step + 1, most)
 
 
 def _leave(s: Systems, u: Tensor, r: Tensor, size: Tensor, steps: int) -> bool:

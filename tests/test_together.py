@@ -161,20 +161,21 @@ def test_the_value_of_a_run(solver, lead):
 # --- what does not ----------------------------------------------------------------------------------
 
 
-def chain(n, length, growth, start):
-    """What a contraction leaves, and beside it a part that each of so many steps makes larger, and that is gone then."""
+def chain(n, gains, start):
+    """What contracts fast, and beside it a part that each step takes on by a gain of its own, and that is gone after them."""
     A, b = contraction(n=n, spread=0.1)
-    A[:length], A[:, :length], b[:length] = 0, 0, 0
-    A[:length, :length] = torch.eye(length, **float64) + growth * torch.eye(length, **float64).roll(1, 0).tril()
+    m = len(gains) + 1
+    A[:m], A[:, :m], b[:m] = 0, 0, 0
+    A[:m, :m] = torch.eye(m, **float64) + torch.diag(torch.tensor(gains, **float64), -1)
     b[0] = start
     return A, b
 
 
 UNEASY = {
     "slows down": lambda n: slowing(n, 1),
-    "slow at first": lambda n: chain(n, 6, 4, 1e-3),
-    "slow later": lambda n: chain(n, 12, 4, 1e-8),
-    "runs away": lambda n: chain(n, 8, 20, 1e-7),
+    "slow at first": lambda n: chain(n, [4] * 5, 1e-3),
+    "slow later": lambda n: chain(n, [4] * 11, 1e-8),
+    "runs away": lambda n: chain(n, [1] * 4 + [40] * 5, 1e-5),
     "does not begin": lambda n: (Draw(4).normal(n, n), Draw(5).normal(n)),
     "one direction": lambda n: (
         torch.diag(torch.cat([torch.tensor([40.0], **float64), torch.ones(n - 1, **float64)])),
