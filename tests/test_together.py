@@ -175,7 +175,7 @@ UNEASY = {
     "slows down": lambda n: slowing(n, 1),
     "slow at first": lambda n: chain(n, [4] * 5, 1e-3),
     "slow later": lambda n: chain(n, [4] * 11, 1e-8),
-    "runs away": lambda n: chain(n, [1] * 4 + [40] * 5, 1e-5),
+    "runs away": lambda n: chain(n, [1] * 4 + [100] * 4, 1e-5),
     "does not begin": lambda n: (Draw(4).normal(n, n), Draw(5).normal(n)),
     "one direction": lambda n: (
         torch.diag(torch.cat([torch.tensor([40.0], **float64), torch.ones(n - 1, **float64)])),
