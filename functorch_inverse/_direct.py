@@ -7,7 +7,7 @@ import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,8 +21,9 @@ from functorch_inverse._chunks import chunk_of, jacobian, widest
 from functorch_inverse._deferred import Deferred, ForGraph
 from functorch_inverse._graph import Graph, check_graph
 from functorch_inverse._inverse import InverseProblem
-from functorch_inverse._pullback import Tensors, in_torch
+from functorch_inverse._pullback import GraphPullback, Tensors, in_torch
 from functorch_inverse._rules import ImplicitRule
+from functorch_inverse._solvers import iteration
 from functorch_inverse._tree import ONE_TENSOR, PLAIN, Tree
 from functorch_inverse._values import is_array, output
 from functorch_inverse._vectors import Like
@@ -125,7 +126,7 @@ class _Way:
         self.equation, self.linear_solver, self.captured = equation, problem.linear_solver, captured
         numbers, vectors = (equation.y_dims == equation.x_dims == (n,) for n in (0, 1))
         self.f = ForGraph(problem.evidence) if numbers else problem.evidence
-        self.prepare = _division if numbers else _PREPARE.get(type(self.linear_solver)) if vectors else None
+        self.prepare = _division if numbers else _preparation(self.linear_solver) if vectors else None
         self.is_short = self.prepare is not None and all(map(_is_plain, captured.tensors))
 
     def rule(self) -> ImplicitRule:
@@ -190,7 +191,22 @@ def _banded(graph: Graph, solver: Any) -> Callable[[Tensor], Tensor]:
     return functools.partial(solver.factorise_graph(graph).solve, transpose=True)
 
 
-_PREPARE: dict[type, Callable[[Graph, Any], Callable[[Tensor], Tensor]]] = {LU: _lu, Banded: _banded}
+def _iterated(graph: Graph, solver: Any) -> Callable[[Tensor], Tensor]:
+    """Vectors: products with A^T, and with A where they are asked for."""
+    value, tape = iteration(solver).value, graph.tape()  # type: ignore[union-attr]
+    if tape is not None:
+        return functools.partial(value, tape.pull, transposed=tape.push, transpose=True, ahead=tape.ahead)
+    at = GraphPullback.of_graph(graph)
+    return functools.partial(value, lambda w: at.to_y((w,))[0], transposed=lambda v: at.push((v,))[0], transpose=True)
+
+
+Prepare: TypeAlias = Callable[[Graph, Any], Callable[[Tensor], Tensor]]
+_PREPARE: dict[type, Prepare] = {LU: _lu, Banded: _banded}
+
+
+def _preparation(solver: Any) -> Prepare | None:
+    """What makes a solve with A^T of a graph, if that is at hand."""
+    return _PREPARE.get(type(solver)) if iteration(solver) is None else _iterated
 
 
 def _attached(way: _Way, y: Tensor, x: Tensor, args: Tensors) -> Tensor:

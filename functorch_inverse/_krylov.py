@@ -10,7 +10,7 @@ from torch import Tensor
 
 from functorch_inverse import _torch
 from functorch_inverse._preconditioner import Apply, Preconditioner, identity, prepare
-from functorch_inverse._systems import LinearSolution, Maps, Round, Systems, conjugated, flattened, named, norm, refine
+from functorch_inverse._systems import Ahead, LinearSolution, Maps, Round, Systems, conjugated, flattened, named, norm, refine
 from functorch_inverse.errors import NotConvergedError
 
 __all__ = ["Krylov"]
@@ -109,40 +109,77 @@ class Krylov:
             NotConvergedError: names the flat indices of the systems that missed their tolerance (unless "warn").
             StructureError: a map or a preconditioner does not fit b, or A is not what the method needs.
         """
-        if not (_torch.is_legacy_batched(b) or _torch.can_inspect(b)):
-            raise NotImplementedError(
-                f"`{type(self).__name__}`: an iteration looks at values, which a trace (torch.func.linearize, make_fx, export, "
-                "CUDA graph capture) does not have. Use a direct solver such as LU()."
-            )
+        self._look(b)
+        b = b.detach()
+        if not b.numel():
+            return _nothing(b)
+        return self._solution(self._systems(mv, b, transposed, init, transpose), b.shape, transpose)
+
+    @torch.no_grad()
+    def value(
+        self, mv: Apply, b: Tensor, *, transposed: Apply | None = None, transpose: bool = False, ahead: Ahead | None = None
+    ) -> Tensor:
+        """u alone, as `run` finds it: all systems may move together then, which takes less than to watch each of them.
+
+        `ahead` is (b, u) -> b + u - A u, where it costs less than A u.
+        """
+        self._look(b)
+        b = b.detach()
+        if not b.numel():
+            return b.clone()
+        systems = self._systems(mv, b, transposed, None, transpose, ahead)
+        if not self._together(systems):
+            return self._solution(systems, b.shape, transpose).value
+        value = systems.value().reshape(b.shape)
+        if self.warm_start:
+            self._memory.keep(value.clone(), transpose)
+        return value
+
+    def _solution(self, systems: Systems, shape: torch.Size, transpose: bool) -> LinearSolution:
+        refine(systems, self._round(), self._progress)
+        solution = self._report(systems, shape)
+        if self.warm_start and bool(solution.converged.all()):
+            self._memory.keep(solution.value.clone(), transpose)
+        return solution
+
+    def _look(self, b: Tensor) -> None:
+        """Whether there are values to look at."""
         if _torch.is_legacy_batched(b):
             raise NotImplementedError(
                 f"`{type(self).__name__}`: autograd's own batching (is_grads_batched=True, vectorize=True) cannot look into an "
                 "iteration. Use torch.func.jacrev or torch.vmap, or a direct solver such as LU()."
             )
-        b = b.detach()
-        if not b.numel():
-            return _nothing(b)
-        guess = self._memory.recall(b, transpose) if init is None and self.warm_start else init
-        systems = self._systems(mv, b, transposed, guess, transpose)
-        self._check(systems)
-        refine(systems, self._round(), self._progress)
-        solution = self._report(systems, b.shape)
-        if self.warm_start and bool(solution.converged.all()):
-            self._memory.keep(solution.value.clone(), transpose)
-        return solution
+        if not _torch.can_inspect(b):
+            raise NotImplementedError(
+                f"`{type(self).__name__}`: an iteration looks at values, which a trace (torch.func.linearize, make_fx, export, "
+                "CUDA graph capture) does not have. Use a direct solver such as LU()."
+            )
 
-    def _systems(self, mv: Apply, b: Tensor, transposed: Apply | None, init: Tensor | None, transpose: bool) -> Systems:
+    def _systems(
+        self,
+        mv: Apply,
+        b: Tensor,
+        transposed: Apply | None,
+        init: Tensor | None,
+        transpose: bool,
+        ahead: Ahead | None = None,
+    ) -> Systems:
+        M = self.preconditioner
         maps = Maps(
             flattened(mv, b.shape, "mv"),
             None if transposed is None else conjugated(flattened(transposed, b.shape, "transposed")),
-            flattened(prepare(self.preconditioner, b, transpose), b.shape, "preconditioner"),
+            flattened(prepare(M, b, transpose), b.shape, "preconditioner"),
             conjugated(flattened(self._other_side(b, not transpose), b.shape, "preconditioner")),
+            None if M is not None else ahead if ahead is None or b.ndim == 2 else flattened(ahead, b.shape, "mv"),
         )
+        init = self._memory.recall(b, transpose) if init is None and self.warm_start else init
         if init is not None:
             init = init.detach().to(b.dtype).expand(b.shape).reshape(-1, b.shape[-1])
         rtol = (1e-10 if torch.finfo(b.dtype).eps < 1e-10 else 1e-6) if self.rtol is None else self.rtol
         steps = max(100, 10 * b.shape[-1]) if self.max_steps is None else self.max_steps
-        return Systems(maps, b.reshape(-1, b.shape[-1]), init, (rtol, self.atol), steps)
+        systems = Systems(maps, b.reshape(-1, b.shape[-1]), init, (rtol, self.atol), steps)
+        self._check(systems)
+        return systems
 
     def _other_side(self, b: Tensor, transpose: bool) -> Apply:
         """v -> M^T v, for the methods that use it."""
@@ -150,6 +187,10 @@ class Krylov:
 
     def _check(self, systems: Systems) -> None:
         """Whether A is what the method needs."""
+
+    def _together(self, systems: Systems) -> bool:
+        """Whether all are solved by what is cheap where nobody asks for the steps of each."""
+        return False
 
     def _round(self) -> Round:
         raise NotImplementedError
@@ -164,8 +205,8 @@ class Krylov:
                 converged = converged | s.at_rounding()
             converged = converged & ~undefined
             self._complain(s, ~(converged | undefined))
-        value = s.u.mul_(s.scale.unsqueeze(-1)).reshape(shape)
-        return LinearSolution(value, *(t.reshape(shape[:-1]) for t in (converged, s.steps, s.residual * s.scale)))
+        size = s.residual if s.scale is None else s.residual * s.scale
+        return LinearSolution(s.value().reshape(shape), *(t.reshape(shape[:-1]) for t in (converged, s.steps, size)))
 
     def _complain(self, s: Systems, failed: Tensor) -> None:
         which = failed.nonzero().flatten()
@@ -179,7 +220,7 @@ class Krylov:
         )
         if self.on_failure == "raise":
             raise NotConvergedError(text)
-        warnings.warn(text, RuntimeWarning, stacklevel=4)
+        warnings.warn(text, RuntimeWarning, stacklevel=5)
 
     def _advice(self, s: Systems, which: Tensor) -> str:
         return (

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from functorch_inverse.operators import JacobianOperator, MatVec
+from functorch_inverse.operators import Ahead, JacobianOperator, MatVec
 
 __all__ = ["System", "ValueSolver", "solve_by_values"]
 
@@ -23,7 +23,8 @@ class ValueSolver(Protocol):
 class System:
     """A u = b as an iteration sees it; A may be the transpose of a Jacobian.
 
-    Vectors have the shape (*columns, *batch, n). `near` applies the inverse of a matrix that is close to A.
+    Vectors have the shape (*columns, *batch, n). `near` applies the inverse of a matrix that is close to A; `ahead` is
+    (b, u) -> b + u - A u, where it costs less than A u.
     """
 
     mv: MatVec
@@ -31,6 +32,7 @@ class System:
     transpose: bool
     sample_dims: int
     near: MatVec | None = None
+    ahead: Ahead | None = None
 
 
 def solve_by_values(A: JacobianOperator, solver: ValueSolver, b: Tensor, *, transpose: bool = False) -> Tensor:
@@ -40,9 +42,12 @@ def solve_by_values(A: JacobianOperator, solver: ValueSolver, b: Tensor, *, tran
             f"`{A.equation.caller}`: an iterative linear solver looks at values, which torch.compile cannot. Keep "
             "this call outside of the compiled region, or use a direct solver such as LU()."
         )
-    mv, rmv = (A.mv, A.rmv) if A.equation.near else A.products()  # what is near A leaves few products to take
-    maps = (rmv, mv) if transpose else (mv, rmv)
-    return solver.values(System(*maps, transpose, len(A.batch) + 1, _near(A, transpose)), b)
+    # What is near A leaves few products to take.
+    mv, rmv, ahead = (A.mv, A.rmv, None) if A.equation.near else A.products()
+    maps, dims = (rmv, mv) if transpose else (mv, rmv), len(A.batch) + 1
+    return solver.values(
+        System(*maps, transpose, dims, _near(A, transpose), ahead if transpose and b.ndim == dims else None), b
+    )
 
 
 def _near(A: JacobianOperator, transpose: bool) -> MatVec | None:

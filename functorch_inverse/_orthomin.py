@@ -73,8 +73,7 @@ def contract(s: Systems, moving: Tensor, target: Tensor) -> Standing | None:
 
 def _first(s: Systems, moving: Tensor) -> tuple[Tensor, Tensor]:
     """M r and A M r, at a length that leaves the squares of both in the range of the dtype."""
-    direction = s.maps.precondition(s.r)
-    product = s.maps.mv(direction)
+    (direction, product), s.begun = s.begin(), None
     reach = norm(product) / s.residual
     extreme = moving & ((reach < 1e-6) | (reach > 1e6))
     return s.rescale(direction, product) if extreme.any() else (direction, product)

@@ -87,6 +87,14 @@ class GraphPullback(Pullback):
         self.nodes = check_graph(self.outputs, (*self.y, *self.theta))
         self.transposed: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
 
+    @classmethod
+    def of_graph(cls, graph: Graph) -> "GraphPullback":
+        """From an evaluation that there has been already, of one leaf and with no theta."""
+        self = cls.__new__(cls)
+        self.y, self.theta, self.point = [graph.y], [], [graph.y]
+        self.outputs, self.nodes, self.transposed = (graph.output,), graph.nodes, None
+        return self
+
     def push(self, tangents: Tensors) -> tuple[Tensor, ...]:
         if self.transposed is None:
             self.transposed = self._transposed(self.y)

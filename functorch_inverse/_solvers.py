@@ -13,7 +13,7 @@ from functorch_inverse.krylov import GMRES, Krylov
 from functorch_inverse.linear_solvers import LU, Factors, LinearSolver
 from functorch_inverse.operators import JacobianOperator, MatVec
 
-__all__ = ["SolverLike", "as_solver", "with_jacobian"]
+__all__ = ["SolverLike", "as_solver", "iteration", "with_jacobian"]
 
 SolverLike: TypeAlias = LinearSolver | Krylov | ValueSolver | Callable[[MatVec, Tensor], Tensor] | None
 
@@ -50,10 +50,10 @@ class _Iteration:
             krylov, transpose = self.krylov, system.transpose
         else:
             krylov, transpose = replace(self.krylov, preconditioner=system.near), False
-        found = krylov.run(system.mv, b, transposed=system.rmv, transpose=transpose).value
+        found = krylov.value(system.mv, b, transposed=system.rmv, transpose=transpose, ahead=system.ahead)
         # The part of p outside of the range of A is some 1 / sqrt(n) of it.
         loose = replace(krylov, rtol=0.03 / max(b.shape[-1], 1) ** 0.5, atol=0.0, warm_start=False)
-        _probe(system, b, lambda p: loose.run(system.mv, p, transposed=system.rmv))
+        _probe(system, b, lambda p: loose.value(system.mv, p, transposed=system.rmv))
         return found
 
 
@@ -123,6 +123,12 @@ def as_solver(caller: str, solver: Any) -> LinearSolver:
         f"`{caller}`: `linear_solver` is {solver!r}; choose LU(), Cholesky(), Triangular(), LeastSquares(), "
         "Banded(lower, upper), CG(), NormalCG(), GMRES(), BiCGStab(), or a callable solve(mv, rhs)."
     )
+
+
+def iteration(solver: LinearSolver) -> Krylov | None:
+    """The Krylov solver that stands behind one that `as_solver` made, if there is one."""
+    values = solver.solver if type(solver) is _ByValues else None
+    return values.krylov if type(values) is _Iteration else None
 
 
 def with_jacobian(caller: str, solver: Any) -> LinearSolver:

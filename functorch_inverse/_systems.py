@@ -6,8 +6,9 @@ refinement. Source: Saad, Iterative Methods for Sparse Linear Systems, 2nd editi
 van der Vorst and Ye, Residual replacement strategies for Krylov subspace iterative methods (2000).
 """
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from functorch_inverse._preconditioner import Apply, identity, probes
 from functorch_inverse.errors import StructureError
 
 __all__ = [
+    "Ahead",
     "LinearSolution",
     "Maps",
     "Round",
@@ -45,13 +47,17 @@ class LinearSolution(NamedTuple):
     residual: Tensor
 
 
+Ahead: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+
 class Maps(NamedTuple):
-    """A, its adjoint A^H (where known), M and M^H as maps of (k, n)."""
+    """A, its adjoint A^H (where known), M and M^H as maps of (k, n), and (b, u) -> b + u - A u where it costs less than A u."""
 
     mv: Apply
     adjoint: Apply | None
     precondition: Apply
     precondition_adjoint: Apply
+    ahead: Ahead | None = None
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -64,22 +70,37 @@ def norm(a: Tensor) -> Tensor:
     return torch.linalg.vector_norm(a, dim=-1)
 
 
-# Each right-hand side is brought to the size of one by a power of two, which is exact: squares of very large
-# or very small numbers would leave the range of the dtype.
+# Squares of very large or very small numbers would leave the range of the dtype: where there are such, each right-hand side
+# is brought to the size of one by a power of two, which is exact.
 class Systems:
     """k systems of n unknowns on the way to their solution; rounds change u and steps."""
 
     def __init__(self, maps: Maps, b: Tensor, init: Tensor | None, tolerances: tuple[float, float], max_steps: int) -> None:
         self.maps, self.max_steps = maps, max_steps
-        self.scale = _size(b)
-        self.b = b / self.scale.unsqueeze(-1)
-        size, (self.rtol, atol) = norm(self.b), tolerances
-        self.target = torch.maximum(self.rtol * size, atol / self.scale)
-        self.steps = torch.zeros_like(size, dtype=torch.int64)
-        self.hopeless = torch.zeros_like(size, dtype=torch.bool)
-        self.u, self.r, self.residual = torch.zeros_like(self.b), self.b.clone(), size
+        size, (self.rtol, atol) = norm(b), tolerances
+        self.scale = None if _moderate(size) else _size(b)
+        self.b = b if self.scale is None else b / self.scale.unsqueeze(-1)
+        size = size if self.scale is None else norm(self.b)
+        self.target = self.rtol * size
+        if atol:
+            self.target = torch.maximum(self.target, torch.as_tensor(atol if self.scale is None else atol / self.scale))
+        self.r, self.residual, self.untouched = self.b, size, init is None
+        # M r and A M r, where they are known already.
+        self.begun: tuple[Tensor, Tensor] | None = None
         if init is not None:
-            self._begin_at(init / self.scale.unsqueeze(-1))
+            self._begin_at(init if self.scale is None else init / self.scale.unsqueeze(-1))
+
+    @functools.cached_property
+    def u(self) -> Tensor:
+        return torch.zeros_like(self.b)
+
+    @functools.cached_property
+    def steps(self) -> Tensor:
+        return torch.zeros_like(self.residual, dtype=torch.int64)
+
+    @functools.cached_property
+    def hopeless(self) -> Tensor:
+        return torch.zeros_like(self.residual, dtype=torch.bool)
 
     def _begin_at(self, init: Tensor) -> None:
         """From a guess, where it is better than nothing."""
@@ -88,6 +109,17 @@ class Systems:
         self.u = torch.where(better.unsqueeze(-1), init, self.u)
         self.r = torch.where(better.unsqueeze(-1), r, self.r)
         self.residual = norm(self.r)
+
+    def begin(self) -> tuple[Tensor, Tensor]:
+        """M r and A M r, taken once for those who look at them first and those who use them."""
+        if self.begun is None:
+            direction = self.maps.precondition(self.r)
+            self.begun = direction, self.maps.mv(direction)
+        return self.begun
+
+    def value(self) -> Tensor:
+        """u, in the units of the right-hand sides."""
+        return self.u if self.scale is None else self.u.mul_(self.scale.unsqueeze(-1))
 
     def unsolved(self) -> Tensor:
         """Which systems another step could help; nan compares as False."""
@@ -124,6 +156,13 @@ class Systems:
         return ~torch.stack([t.isfinite().all(-1) for t in parts]).all(0)
 
 
+def _moderate(size: Tensor) -> bool:
+    """Whether squares of all numbers that are not small beside these keep their precision; not so for zero or nan."""
+    most = torch.finfo(size.dtype).tiny ** -0.25
+    least, largest = torch.aminmax(size)
+    return bool(least.item() > 1 / most and largest.item() < most)
+
+
 def _size(b: Tensor) -> Tensor:
     largest = b.abs().amax(-1)
     exponent = torch.frexp(torch.where(largest.isfinite() & (largest > 0), largest, 1)).exponent
@@ -137,7 +176,7 @@ Round = Callable[[Systems, Tensor, int], Tensor]
 def refine(systems: Systems, step: Round, progress: float) -> None:
     """Rounds until every system is solved or has failed three times to bring its residual down by a factor."""
     failures, attempt = torch.zeros_like(systems.steps), 0
-    active = systems.unsolved()
+    active, systems.r = systems.unsolved(), systems.r.clone()  # rounds write into it
     while active.any():
         before, kept = systems.residual, systems.u.clone()
         systems.hopeless |= step(systems, active, attempt)
@@ -148,13 +187,13 @@ def refine(systems: Systems, step: Round, progress: float) -> None:
         attempt += 1
 
 
-def flattened(function: Apply, shape: torch.Size, name: str) -> Apply:
-    """A map of (*lead, n) as one of (k, n)."""
+def flattened(function: Callable[..., Tensor], shape: torch.Size, name: str) -> Callable[..., Tensor]:
+    """A map of (*lead, n), or of several of them, as one of (k, n)."""
     if function is identity:
         return function
 
-    def flat(v: Tensor) -> Tensor:
-        out = function(v if v.shape == shape else v.reshape(shape))
+    def flat(v: Tensor, *more: Tensor) -> Tensor:
+        out = function(*[t if t.shape == shape else t.reshape(shape) for t in (v, *more)])
         if out.shape != shape or out.dtype != v.dtype:
             raise StructureError(
                 f"`{name}` was called with shape {tuple(shape)} and {v.dtype} and returned shape {tuple(out.shape)} and "

@@ -6,10 +6,12 @@ happens to it, with everything that acts element by element gathered into factor
     w_i = (s w_j) W,        w_i = s w_j + t w_k,        A^T w = s w_i,
 
 so that a product costs what its formula costs, without the autograd engine; the list backwards is the product with A.
-It keeps a vector for each factor, as the graph does.
+It keeps a vector for each factor, as the graph does. Where A^T w = w + R w, which is how contractions are written,
+b + w - A^T w = b - R w is even shorter.
 """
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -28,7 +30,11 @@ class _Term(NamedTuple):
     """s w_i; None is a factor of one."""
 
     i: int
-    s: Tensor | None
+    s: Tensor | float | None
+
+    @property
+    def is_w(self) -> bool:
+        return self.i == 0 and self.s is None
 
     def of(self, known: Known) -> Tensor:
         w = known[self.i]
@@ -37,8 +43,11 @@ class _Term(NamedTuple):
 
     def receive(self, known: Known, g: Tensor) -> None:
         """The transpose: w_i gets s g."""
-        g, before = g if self.s is None else g * self.s, known[self.i]
-        known[self.i] = g if before is None else before + g
+        before = known[self.i]
+        if before is None:
+            known[self.i] = g if self.s is None else g * self.s
+        else:
+            known[self.i] = before + g if self.s is None else torch.add(before, g * self.s)
 
 
 class _Product(NamedTuple):
@@ -49,6 +58,13 @@ class _Product(NamedTuple):
 
     def apply(self, known: Known) -> Tensor:
         return self.term.of(known) @ self.weight
+
+    def added_to(self, other: Tensor, known: Known, sign: int = 1) -> Tensor:
+        """Under vmap a product of all columns is faster than one with each."""
+        w = self.term.of(known)
+        if w.ndim == 2 and not _torch.is_wrapped(w):
+            return torch.addmm(other, w, self.weight, alpha=sign)
+        return torch.add(other, w @ self.weight, alpha=sign)
 
     def transposed(self, known: Known, g: Tensor) -> None:
         self.term.receive(known, g @ self.weight.mT)
@@ -68,6 +84,20 @@ class _Sum(NamedTuple):
         self.other.receive(known, g)
 
 
+class _Update(NamedTuple):
+    """(s w_j) W + t w_k in one operation."""
+
+    product: _Product
+    other: _Term
+
+    def apply(self, known: Known) -> Tensor:
+        return self.product.added_to(self.other.of(known), known)
+
+    def transposed(self, known: Known, g: Tensor) -> None:
+        self.product.transposed(known, g)
+        self.other.receive(known, g)
+
+
 class _Shaped(NamedTuple):
     """s w_j in another shape."""
 
@@ -82,25 +112,45 @@ class _Shaped(NamedTuple):
         self.term.receive(known, g.reshape(self.before))
 
 
-class Tape(NamedTuple):
-    """w -> A^T w of vectors (*batch, rows), and v -> A v."""
+_Step: TypeAlias = _Product | _Sum | _Update | _Shaped | None
 
-    steps: Sequence[_Product | _Sum | _Shaped]
+
+class Tape(NamedTuple):
+    """w -> A^T w of vectors (*batch, rows), and v -> A v; a step that is None is part of a later one."""
+
+    steps: Sequence[_Step]
     result: _Term
 
     def pull(self, w: Tensor) -> Tensor:
         """A^T w."""
+        return self.result.of(self._run(w, self.steps))
+
+    def _run(self, w: Tensor, steps: Sequence[_Step]) -> Known:
         known: Known = [w]
-        for step in self.steps:
-            known.append(step.apply(known))
-        return self.result.of(known)
+        for step in steps:
+            known.append(None if step is None else step.apply(known))
+        return known
+
+    @property
+    def ahead(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """(b, w) -> b + w - A^T w, where A^T w = w + R w ends in this sum."""
+        last = self.steps[-1] if self.steps else None
+        first = self.steps[:-1] if any(self.steps[:-1]) else ()
+        if self.result.i != len(self.steps) or self.result.s is not None:
+            return None
+        if isinstance(last, _Update) and last.other.is_w:
+            return lambda b, w: last.product.added_to(b, self._run(w, first), -1)
+        if isinstance(last, _Sum) and (last.term.is_w or last.other.is_w):
+            rest = last.term if last.other.is_w else last.other
+            return lambda b, w: b - rest.of(self._run(w, first))
+        return None
 
     def push(self, v: Tensor) -> Tensor:
         """A v."""
         known: Known = [None] * (len(self.steps) + 1)
         self.result.receive(known, v)
         for i, step in reversed(list(enumerate(self.steps, 1))):
-            if (g := known[i]) is not None:
+            if step is not None and (g := known[i]) is not None:
                 known[i] = None
                 step.transposed(known, g)
         return torch.zeros_like(v) if known[0] is None else known[0]
@@ -116,7 +166,18 @@ def tape_of_graph(output: Tensor, y: Tensor) -> Tape | None:
         (last,) = _torch.graph_grad((output,), (y,), (_Recorded(output, output.shape, steps, _Term(0, None)),))
     except Exception:  # a hook may do anything with what it is given
         return None
-    return Tape(steps, last.term) if isinstance(last, _Recorded) else None
+    return Tape(_fused(steps, last.term), last.term) if isinstance(last, _Recorded) else None
+
+
+def _fused(steps: list[Any], result: _Term) -> list[_Step]:
+    """Products that go into one sum and nowhere else, as a part of it."""
+    uses = [result.i, *[part.i for step in steps for part in step if type(part) is _Term]]
+    for k, step in enumerate(steps):
+        for (i, s), other in (step, step[::-1]) if type(step) is _Sum else ():
+            if i and s is None and type(steps[i - 1]) is _Product and uses.count(i) == 1:
+                steps[i - 1], steps[k] = None, _Update(steps[i - 1], other)
+                break
+    return steps
 
 
 class _Recorded(StandIn):
@@ -137,17 +198,27 @@ class _Recorded(StandIn):
         return _Recorded(self, shape, self.steps, _Term(len(self.steps), None))
 
 
+_ON_NUMBERS: dict[Any, Callable[[float, float], float]] = {
+    _aten.mul.Tensor: operator.mul, _aten.mul.Scalar: operator.mul,
+    _aten.div.Tensor: operator.truediv, _aten.div.Scalar: operator.truediv,
+}  # fmt: skip
+
+
 def _elementwise(func: Any, args: Any, kwargs: Any) -> _Recorded | None:
-    places = [i for i, arg in enumerate(args) if isinstance(arg, _Recorded)]
-    if len(places) != 1 or (func in DIVISIONS and places != [0]):
-        return None
-    w = args[places[0]]
-    if not w.ndim or not all(_fits(t.shape, w.shape) for t in args if isinstance(t, Tensor)):
+    place = 0 if isinstance(args[0], _Recorded) else 1
+    w, others = args[place], (*args[:place], *args[place + 1 :])
+    if (place and func in DIVISIONS) or not w.ndim:
         return None
     i, s = w.term
-    one = torch.ones((), dtype=w.dtype, device=w.device).expand((1,) * (w.ndim - 1) + w.shape[-1:]) if s is None else s
-    s = func(*args[: places[0]], one, *args[places[0] + 1 :], **kwargs)
-    return _Recorded(w, w.shape, w.steps, _Term(i, s))
+    if not isinstance(s, Tensor):
+        s = 1.0 if s is None else s
+        if func in _ON_NUMBERS and type(others[0]) in (float, int):
+            return _Recorded(w, w.shape, w.steps, _Term(i, _ON_NUMBERS[func](s, others[0])))
+        s = torch.full((1,) * w.ndim, s, dtype=w.dtype, device=w.device)
+    for t in others:
+        if isinstance(t, Tensor) and (isinstance(t, _Recorded) or not _fits(t.shape, w.shape)):
+            return None
+    return _Recorded(w, w.shape, w.steps, _Term(i, func(*others[:place], s, *others[place:], **kwargs)))
 
 
 def _fits(shape: torch.Size, into: torch.Size) -> bool:

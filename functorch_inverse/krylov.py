@@ -22,6 +22,7 @@ from functorch_inverse._gmres import gmres
 from functorch_inverse._krylov import Krylov
 from functorch_inverse._preconditioner import Apply, apply_preconditioner, prepare
 from functorch_inverse._systems import LinearSolution, Round, Systems, asymmetric, named
+from functorch_inverse._together import contract_together
 from functorch_inverse.errors import StructureError
 
 __all__ = ["CG", "GMRES", "BiCGStab", "Krylov", "LinearSolution", "NormalCG", "apply_preconditioner"]
@@ -110,6 +111,9 @@ class GMRES(Krylov):
         super().__post_init__()
         if self.restart < 1:
             raise ValueError(f"`GMRES`: `restart` is {self.restart}; it must be at least 1.")
+
+    def _together(self, systems: Systems) -> bool:
+        return contract_together(systems)
 
     def _round(self) -> Round:
         return functools.partial(_restarted, self.restart)

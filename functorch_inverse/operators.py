@@ -19,9 +19,10 @@ from functorch_inverse._transforms import mapped
 from functorch_inverse._vectors import Layout, batch_shape, real_dtype
 from functorch_inverse.errors import StructureError
 
-__all__ = ["Equation", "JacobianOperator", "MatVec", "vmapped"]
+__all__ = ["Ahead", "Equation", "JacobianOperator", "MatVec", "vmapped"]
 
 MatVec: TypeAlias = Callable[[Tensor], Tensor]
+Ahead: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 def vmapped(f: Function, first: int | None, theta_is_batched: Sequence[bool], randomness: str) -> Function:
@@ -139,13 +140,13 @@ class JacobianOperator:
         """A^T w."""
         return self._columns(self._pull, w)
 
-    def products(self) -> tuple[MatVec, MatVec]:
-        """`mv` and `rmv`, prepared where many of them are to come."""
+    def products(self) -> tuple[MatVec, MatVec, Ahead | None]:
+        """`mv` and `rmv`, prepared where many of them are to come, and (b, w) -> b + w - A^T w where that costs less."""
         graph = self.graph if self.inputs.dtypes == self.outputs.dtypes else None
         tape = None if graph is None else graph.tape()
         if tape is None:
-            return self.mv, self.rmv
-        return functools.partial(self._columns, tape.push), functools.partial(self._columns, tape.pull)
+            return self.mv, self.rmv, None
+        return functools.partial(self._columns, tape.push), functools.partial(self._columns, tape.pull), tape.ahead
 
     def _froze(self, result: Tensor) -> Tensor:
         return result.detach() if self.frozen else result

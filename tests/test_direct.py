@@ -284,6 +284,156 @@ def test_nothing_stays_when_the_graph_has_been_used():
     assert large() == before
 
 
+class Sine(torch.autograd.Function):
+    """An operation whose backward cannot be read off."""
+
+    @staticmethod
+    def forward(ctx, y):
+        ctx.save_for_backward(y)
+        return y.sin()
+
+    @staticmethod
+    def backward(ctx, v):
+        return v * ctx.saved_tensors[0].cos()
+
+
+ITERATED = {
+    "series": lambda y, A: y + torch.tanh(y @ A) / 3,
+    "scaled": lambda y, A: 3 * y + torch.tanh(y @ A),
+    "far from one": lambda y, A: torch.tanh(y) + y @ (A - A.mT) + y / 3,
+    "no tape": lambda y, A: 2 * y + Sine.apply(y) / 2 + torch.tanh(y @ A),
+    "symmetric": lambda y, A: 2 * y + y @ (A + A.mT) / 4 + y.tanh(),
+    "symmetric, no tape": lambda y, A: 2 * y + y @ (A + A.mT) / 4 + Sine.apply(y) / 2,
+}
+SOLVERS = [fi.GMRES(), fi.BiCGStab(), fi.NormalCG(), fi.GMRES(preconditioner=torch.full((5,), 0.5, dtype=torch.float64))]
+
+
+def iterated(name, batch=(4,), dtype=torch.float64):
+    torch.manual_seed(0)
+    A, y, v = torch.randn(5, 5), torch.randn(*batch, 5), torch.randn(*batch, 5)
+    A, y, v = ((t / s).to(dtype) for t, s in ((A, 5), (y, 1), (v, 1)))
+    return A, y, v, ITERATED[name](y, A).detach()
+
+
+def solved_directly(name, y, A, v, transpose=True):
+    """J^-T v by LAPACK, or J^-1 v."""
+    f = lambda y: ITERATED[name](y, A)  # noqa: E731
+    J = torch.stack([torch.autograd.functional.jacobian(f, row) for row in y.reshape(-1, 5)]).reshape(*y.shape, 5)
+    return torch.linalg.solve(J.mT if transpose else J, v.unsqueeze(-1)).squeeze(-1)
+
+
+@pytest.mark.parametrize("solver", [*SOLVERS, fi.CG()], ids=repr)
+@pytest.mark.parametrize("batch", [(), (4,), (2, 3), (0,)])
+@pytest.mark.parametrize("name", ITERATED)
+def test_iterations(name, batch, solver):
+    """One evaluation of f for all products, with A^T and with A."""
+    if type(solver) is fi.CG and "symmetric" not in name:
+        return
+    A, y, v, x = iterated(name, batch)
+    calls = []
+
+    def f(y, A):
+        calls.append(y)
+        return ITERATED[name](y, A)
+
+    h = fi.custom_inverse(lambda x, A: y.clone(), f, event_dim=1, linear_solver=solver)
+    x = x.requires_grad_()
+    out = h(x, A)
+    calls.clear()
+    (got,) = torch.autograd.grad(out, x, v, retain_graph=True)
+    if not y.numel():
+        assert got.shape == x.shape
+        return
+    assert len(calls) == 1
+    (again,) = torch.autograd.grad(out, x, v)
+    assert_close([got, again], [solved_directly(name, y, A, v)] * 2, 1e-8)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize("name", ["series", "scaled", "no tape"])
+def test_iterations_with_arguments(name, solver, order):
+    A, _, _, x = iterated(name)
+    f = ITERATED[name]
+
+    def g(x, A):  # Newton's method
+        y = x / 2
+        for _ in range(12):
+            y = y - solved_directly(name, y, A, f(y, A) - x, transpose=False)
+        return y
+
+    got, want = (derivatives(fi.custom_inverse(g, f, event_dim=1, linear_solver=s), x, A, order=order) for s in (solver, None))
+    assert_close(got, want, 1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["series", "scaled", "no tape"])
+def test_iterations_take_any_cotangent(name, dtype):
+    """Expanded, transposed, with zeros in most samples, and very small ones."""
+    A, y, v, x = iterated(name, dtype=dtype)
+    x, one = x.requires_grad_(), torch.ones((), dtype=dtype)
+    h = fi.custom_inverse(lambda x: y.clone(), lambda y: ITERATED[name](y, A), event_dim=1, linear_solver=fi.GMRES())
+    for w in (one.expand(4, 5), v.mT.contiguous().mT, v * torch.tensor([[0.0], [1.0], [0.0], [0.0]], dtype=dtype), v * 1e-30):
+        kept = w.clone()
+        (got,) = torch.autograd.grad(h(x), x, w)
+        assert got.dtype is dtype
+        assert torch.equal(w, kept)
+        assert_close(got, solved_directly(name, y, A, kept), 1e-5 if dtype is torch.float32 else 1e-8)
+
+
+@pytest.mark.parametrize("solver", [fi.GMRES(), fi.BiCGStab(), fi.NormalCG()], ids=repr)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_iterations_with_bad_numbers(solver, bad):
+    A, y, v, x = iterated("series")
+    f, x = (lambda y: y.exp() / 9 + ITERATED["series"](y, A)), x.requires_grad_()
+    y[1, 2] = bad
+    (got,) = torch.autograd.grad(fi.custom_inverse(lambda x: y.clone(), f, event_dim=1, linear_solver=solver)(x), x, v)
+    assert got[1].isnan().all()
+    assert got[[0, 2, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("solver", [fi.GMRES, fi.BiCGStab, fi.NormalCG])
+def test_iterations_name_singular_samples(solver):
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    scale = torch.tensor([[1.0], [1.0], [0.0]], dtype=torch.float64)
+    for f in (lambda y: y * scale, lambda y: y * scale + torch.tanh(y @ torch.ones(5, 5).double()) * 0.1 * scale):
+        h = fi.custom_inverse(lambda x: x.clone(), f, event_dim=1, linear_solver=solver())
+        with pytest.raises(fi.NotConvergedError, match=r"1 of 3 linear systems .*flat indices over all leading dims: 2;"):
+            torch.autograd.grad(h(x).sum(), x)
+        h = fi.custom_inverse(lambda x: x.clone(), f, event_dim=1, linear_solver=solver(on_failure="warn"))
+        with pytest.warns(RuntimeWarning, match="1 of 3 linear systems"):
+            torch.autograd.grad(h(x).sum(), x)
+
+
+@pytest.mark.parametrize("name", ["series", "scaled"])
+def test_iterations_begin_where_the_last_one_ended(name):
+    A, y, v, x = iterated(name)
+    h = fi.custom_inverse(
+        lambda x: y.clone(), lambda y: ITERATED[name](y, A), event_dim=1, linear_solver=fi.GMRES(warm_start=True)
+    )
+    x = x.requires_grad_()
+    for w in (v, v, 2 * v, v + 1e-3 * v.sin()):
+        (got,) = torch.autograd.grad(h(x), x, w)
+        assert_close(got, solved_directly(name, y, A, w), 1e-8)
+        got.zero_()
+
+
+@pytest.mark.parametrize("name", ["series", "no tape"])
+def test_iterations_make_no_circles(name):
+    A, y, _, x = iterated(name)
+    h = fi.custom_inverse(lambda x: y.clone(), lambda y: ITERATED[name](y, A), event_dim=1, linear_solver=fi.GMRES())
+    out = h(x.requires_grad_())
+    gc.collect()
+    gc.disable()
+    try:
+        out.sum().backward(retain_graph=True)
+        node = weakref.ref(out.grad_fn)
+        del out
+        assert node() is None
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("event_dim", [0, None, 1])
 def test_no_circles(event_dim):
     """A graph that may be used again goes with its last output, not with the garbage collector."""

@@ -41,6 +41,57 @@ def test_products(name, batch):
     assert_close([torch.vmap(tape.push)(several), torch.vmap(tape.pull)(several)], want, 1e-12)
 
 
+SERIES = {
+    "layer": lambda y: y + 0.3 * torch.tanh(y @ A),
+    "layer first": lambda y: torch.tanh(y @ A) / 4 + y,
+    "less": lambda y: y - torch.tanh(y @ A),
+    "network": lambda y: y + torch.tanh(torch.tanh(y @ A) @ A.mT) @ A,
+    "one product, two sums": lambda y: y + (z := torch.tanh(y @ A)) + z * y,
+    "elementwise": lambda y: y + 0.2 * y.sin(),
+    "twice": lambda y: y + y,
+}
+OTHERS = {"scaled": lambda y: 2 * y + torch.tanh(y @ A), "linear": lambda y: y @ A, "same": lambda y: y.view_as(y)}
+
+
+@pytest.mark.parametrize("batch", BATCHES[:3])
+@pytest.mark.parametrize("name", SERIES)
+def test_ahead(name, batch):
+    """b + w - A^T w, by fewer operations; pull and push with sums and products in one."""
+    y = torch.randn(*batch, N, dtype=torch.float64)
+    tape, (b, w) = taped(SERIES[name], y), torch.randn(2, *y.shape, dtype=torch.float64)
+    J = jacobians(SERIES[name], y)
+    pulled = (J.mT @ w.unsqueeze(-1)).squeeze(-1)
+    assert_close([tape.pull(w), tape.push(w)], [pulled, (J @ w.unsqueeze(-1)).squeeze(-1)], 1e-12)
+    assert (tape.ahead is None) == (name == "one product, two sums")
+    if tape.ahead is not None:
+        kept = b.clone(), w.clone()
+        assert_close([tape.ahead(b, w)], [b + w - pulled], 1e-12)
+        assert all(map(torch.equal, (b, w), kept))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_no_series(name):
+    assert taped(OTHERS[name], torch.randn(4, N, dtype=torch.float64)).ahead is None
+
+
+def test_a_product_that_goes_two_ways_is_taken_once():
+    """It is part of a sum only where nothing else needs it."""
+    matrices = [torch.randn(N, N, dtype=torch.float64) for _ in range(2)]
+    f = lambda y: (z := y @ matrices[0]) + torch.tanh(z) + (y @ matrices[1]) * 2 + y  # noqa: E731
+    y = torch.randn(3, N, dtype=torch.float64)
+    tape, w, J = taped(f, y), torch.randn(3, N, dtype=torch.float64), jacobians(f, y)
+    assert_close([tape.pull(w), tape.push(w)], [(M @ w.unsqueeze(-1)).squeeze(-1) for M in (J.mT, J)], 1e-12)
+
+
+def test_numbers_stay_numbers():
+    """Also those that are no floats, and where a division by zero is a number that is none."""
+    y = torch.randn(3, N, dtype=torch.float64)
+    for f in (lambda y: (2 * y / 4) * 3, lambda y: -(y * 0.5) / 5 + torch.tanh(3 * y) * 2, lambda y: (y * 2) @ A * 3):
+        tape, w, J = taped(f, y), torch.randn(3, N, dtype=torch.float64), jacobians(f, y)
+        assert_close([tape.pull(w), tape.push(w)], [(M @ w.unsqueeze(-1)).squeeze(-1) for M in (J.mT, J)], 1e-12)
+    assert taped(lambda y: (y * 2) / 0, y) is None
+
+
 def inverse(f, y, solver):
     return fi.custom_inverse(lambda x: y, f, event_dim=1, linear_solver=solver)
 
