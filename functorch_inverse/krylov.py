@@ -92,7 +92,9 @@ class GMRES(Krylov):
     r"""Generalised minimal residuals, for any invertible A: one product with A a step.
 
     While the residuals fall fast, as they do for contractions :math:`|A - c I| < |c| / 3`, two vectors are kept and not much
-    is lost. Else `restart` of them, and up to twice as many where only a part of the systems is so.
+    is lost. Else `restart` of them, and up to twice as many where only a part of the systems is so. A derivative asks for
+    values alone (`value`): then systems that contract, such as those of A = I - B, take the steps of the Neumann series
+    together as long as all keep pace.
 
     Args:
         restart: after how many steps the vectors are given up and the method begins again where it is.

@@ -77,10 +77,14 @@ def test_what_is_no_series(name):
 def test_a_product_that_goes_two_ways_is_taken_once():
     """It is part of a sum only where nothing else needs it."""
     matrices = [torch.randn(N, N, dtype=torch.float64) for _ in range(2)]
-    f = lambda y: (z := y @ matrices[0]) + torch.tanh(z) + (y @ matrices[1]) * 2 + y  # noqa: E731
     y = torch.randn(3, N, dtype=torch.float64)
-    tape, w, J = taped(f, y), torch.randn(3, N, dtype=torch.float64), jacobians(f, y)
-    assert_close([tape.pull(w), tape.push(w)], [(M @ w.unsqueeze(-1)).squeeze(-1) for M in (J.mT, J)], 1e-12)
+    for f in (
+        lambda y: (z := y @ matrices[0]) + torch.tanh(z) + (y @ matrices[1]) * 2 + y,
+        lambda y: (y + torch.tanh(y)) @ matrices[0],
+        lambda y: y + (y + torch.tanh(y @ matrices[1])) @ matrices[0],
+    ):
+        tape, w, J = taped(f, y), torch.randn(3, N, dtype=torch.float64), jacobians(f, y)
+        assert_close([tape.pull(w), tape.push(w)], [(M @ w.unsqueeze(-1)).squeeze(-1) for M in (J.mT, J)], 1e-12)
 
 
 def test_numbers_stay_numbers():

@@ -110,9 +110,12 @@ def test_from_the_last_solution(ahead, alone):
     solver, counted = GMRES(warm_start=True), Counted(A)
     first = counted.value(solver, b, ahead=ahead)
     cold, counted.products = counted.products, 0
-    assert_close([counted.value(solver, b, ahead=ahead)], [first], 0)
+    again = counted.value(solver, b, ahead=ahead)
+    assert_close([again], [first], 0)
     assert counted.products == 1
-    first.zero_()  # what comes back is nobody else's
+    solver = GMRES(warm_start=True)
+    for taken in (counted.value(solver, b, ahead=ahead), counted.value(solver, b, ahead=ahead)):
+        taken.zero_()  # what comes back is nobody else's
     near = b + 1e-6 * b.sin()
     counted.products = 0
     assert_close([counted.value(solver, near, ahead=ahead)], [exact(A, near)], 1e-8)
@@ -199,6 +202,18 @@ def test_systems_that_do_not_keep_pace(name, ahead, dear, sizes):
         assert (residuals(A, b, u) <= 1.01e-10).all()
         cheap = ahead and not dear
         assert counted.products <= (2 * steps if cheap else steps) + 10, "more only where they cost next to nothing"
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("turned", [1, 1j])
+def test_symmetric_and_skew_systems_are_left_to_recurrences_where_products_are_dear(turned, ahead, monkeypatch):
+    """Two look at it, and no more."""
+    monkeypatch.setattr(_together, "_DEAR", 0)
+    A = torch.diag_embed(1 + 0.3 * turned * torch.linspace(-1, 1, 40, **float64)).expand(3, 40, 40)
+    b = Draw(6).normal(3, 40).to(A.dtype)
+    counted = Counted(A)
+    assert (residuals(A, b, counted.value(GMRES(), b, ahead=ahead)) <= 1.01e-10).all()
+    assert counted.products <= run(GMRES(), A, b).steps.max() + 2
 
 
 @pytest.mark.parametrize("ahead", [False, True])
