@@ -133,7 +133,8 @@ def pulled_back(ctx: Any, saved: Tensors, v: Optional) -> tuple[Tensor | None, .
     wanted = [i for i, flag in enumerate(needed[after:]) if flag]
     plain = _torch.plain()
     with _torch.full_precision(y[0]):
-        pull = ctx.kept[1] if plain and ctx.kept[0] == wanted else ctx.rule.vjp(y, theta, ctx.x, wanted)
+        before = ctx.kept  # once: another thread may be at it
+        pull = before[1] if plain and before[0] == wanted else ctx.rule.vjp(y, theta, ctx.x, wanted)
         u, received = pull(v)
     # The factors serve the next backward of this node, and go with the graph.
     kept = _torch.graph_is_kept()

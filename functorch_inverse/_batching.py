@@ -111,7 +111,7 @@ def _broadcast(box: BlackBox, tensors: Sequence[Tensor], batched: Sequence[bool]
     ones = _surplus(box, tensors, batched)
     led = [
         (t if b else t.expand(size, *t.shape)).reshape(size, *(1,) * ones, *t.shape[int(b) :])
-        if i in box.x_places
+        if b or i in box.x_places
         else t
         for i, (t, b) in enumerate(zip(tensors, batched, strict=True))
     ]

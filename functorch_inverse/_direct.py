@@ -7,7 +7,7 @@ import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from functorch_inverse._tree import ONE_TENSOR, PLAIN, Tree
 from functorch_inverse._values import is_array, output
 from functorch_inverse._vectors import Like
 from functorch_inverse.banded import Banded
+from functorch_inverse.krylov import Krylov
 from functorch_inverse.linear_solvers import LU
 from functorch_inverse.operators import Equation
 
@@ -143,7 +144,7 @@ class _Way:
             out = self._evaluate(at, leaves)
         if type(out) not in _RESULTS or out.shape != at.shape or out.dtype is not at.dtype or not out.requires_grad:
             return None
-        graph = Graph(out, at, check_graph((out,), (at, *chosen)))
+        graph = Graph(out, at, check_graph((out,), (at,), chosen))
         return _Pull(self.prepare(graph, self.linear_solver), out, chosen)
 
     def _evaluate(self, y: Tensor, theta: Tensors) -> Any:
@@ -193,11 +194,15 @@ def _banded(graph: Graph, solver: Any) -> Callable[[Tensor], Tensor]:
 
 def _iterated(graph: Graph, solver: Any) -> Callable[[Tensor], Tensor]:
     """Vectors: products with A^T, and with A where they are asked for."""
-    value, tape = iteration(solver).value, graph.tape()  # type: ignore[union-attr]
+    return functools.partial(_iterate, graph, cast(Krylov, iteration(solver)))
+
+
+def _iterate(graph: Graph, krylov: Krylov, v: Tensor) -> Tensor:
+    tape = graph.tape()  # of each solve: to make one, torch looks whether what f read is as it was
     if tape is not None:
-        return functools.partial(value, tape.pull, transposed=tape.push, transpose=True, ahead=tape.ahead)
+        return krylov.value(tape.pull, v, transposed=tape.push, transpose=True, ahead=tape.ahead)
     at = GraphPullback.of_graph(graph)
-    return functools.partial(value, lambda w: at.to_y((w,))[0], transposed=lambda v: at.push((v,))[0], transpose=True)
+    return krylov.value(lambda w: at.to_y((w,))[0], v, transposed=lambda t: at.push((t,))[0], transpose=True)
 
 
 Prepare: TypeAlias = Callable[[Graph, Any], Callable[[Tensor], Tensor]]
@@ -234,7 +239,8 @@ class _Short(Function):
         # Where there have been other derivatives, their factors serve this one.
         if ctx.rule is not None or not _torch.plain() or _torch.autocasts(v):
             return _generally(ctx, saved, v)
-        pull = ctx.kept[1] if ctx.kept is not None and ctx.kept[0] == wanted else ctx.way.pull(saved[0], saved[1:], wanted)
+        kept = ctx.kept  # once: another thread may be at it
+        pull = kept[1] if kept is not None and kept[0] == wanted else ctx.way.pull(saved[0], saved[1:], wanted)
         if pull is None:
             return _generally(ctx, saved, v)
         # The factors serve the next backward of this node, and go with the graph.
@@ -249,5 +255,6 @@ _apply = _torch.plain_apply(_Short)
 
 def _generally(ctx: Any, saved: Tensors, v: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.rule is None:
-        ctx.rule, ctx.n_y, ctx.n_x, ctx.x, ctx.kept = ctx.way.rule(), 1, 1, [Like(v.shape, v.dtype)], (None, None)
+        ctx.n_y, ctx.n_x, ctx.x, ctx.kept = 1, 1, [Like(v.shape, v.dtype)], (None, None)
+        ctx.rule = ctx.way.rule()  # the last, since others look at it
     return pulled_back(ctx, saved, (v,))

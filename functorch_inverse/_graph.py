@@ -1,7 +1,7 @@
 """The graph of one evaluation of f: what it ends in, and what can be sent through it in place of a cotangent."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from functorch_inverse._rows import jacobian_of_graph
 from functorch_inverse._tape import Tape, tape_of_graph
 from functorch_inverse.errors import NoDerivativeError
 
-__all__ = ["Graph", "check_graph", "rows_together", "walk"]
+__all__ = ["Graph", "check_graph", "refuse_constant", "rows_together", "walk"]
 
 # Few rows are fastest one by one, but where they have many numbers; and a small Jacobian as one batch of rows.
 _MANY_ROWS, _MANY_NUMBERS, _SMALL = 4, 2**12, 2**13
@@ -71,30 +71,55 @@ def rows_together(output: Tensor, y: Tensor) -> Tensor:
         _torch.close_vmap()
 
 
-def check_graph(outputs: Sequence[Tensor], known: Sequence[Tensor]) -> list[Any]:
-    """The graph, or NoDerivativeError where it ends in a tensor that nobody differentiates."""
-    nodes, foreign = walk(outputs, known)
+def check_graph(outputs: Sequence[Tensor], y: Sequence[Tensor], theta: Sequence[Tensor] = ()) -> list[Any]:
+    """The graph, or NoDerivativeError where it ends in a tensor that nobody differentiates, or nowhere in y."""
+    nodes, foreign, met = walk(outputs, (*y, *theta))
     if foreign is not None:
         raise NoDerivativeError(
             f"f read a live tensor of shape {tuple(foreign.shape)} that nobody could see when g was called, so its "
             "derivative would be lost. Hand it over as an argument: g(x, tensor) with f(y, tensor)."
         )
+    if not any(id(t) in met for t in y):
+        refuse_constant()
     return nodes
 
 
-def walk(outputs: Sequence[Tensor], known: Sequence[Tensor]) -> tuple[list[Any], Tensor | None]:
-    """The nodes of a graph, and a leaf that is not known, if there is one."""
+def refuse_constant() -> NoReturn:
+    """NoDerivativeError for an f that does not use y."""
+    raise NoDerivativeError(
+        "f(y, *args) does not depend on y in a way that torch can see: it detaches y, rounds it to integers, "
+        "or does not use it. f must be made of differentiable torch operations from y to x."
+    )
+
+
+class Walk(NamedTuple):
+    """The nodes of a graph, a leaf that is not known, if there is one, and the ids of the known tensors that it ends in."""
+
+    nodes: list[Any]
+    foreign: Tensor | None
+    met: set[int]
+
+
+def walk(outputs: Sequence[Tensor], known: Sequence[Tensor]) -> Walk:
+    """Through the graph of the outputs, down to the known tensors."""
     expected: set[int] = {id(t) for t in known}
+    met = {id(out) for out in outputs if id(out) in expected}
+    ends = {t.grad_fn: id(t) for t in known if t.grad_fn is not None}
     foreign: Tensor | None = None
-    seen: set[Any] = {None, *(t.grad_fn for t in known)}
+    seen: set[Any] = {None, *ends}
     queue: list[Any] = [out.grad_fn for out in outputs if out.grad_fn not in seen]
     for node in queue:  # grows while it is walked
         following_ones = node.next_functions
         variable = None if following_ones else getattr(node, "variable", None)
-        if variable is not None and id(variable) not in expected:
-            foreign = variable
+        if variable is not None:
+            if id(variable) in expected:
+                met.add(id(variable))
+            else:
+                foreign = variable
         for following, _ in following_ones:
             if following not in seen:
                 seen.add(following)
                 queue.append(following)
-    return queue, foreign
+            elif following in ends:
+                met.add(ends[following])
+    return Walk(queue, foreign, met)

@@ -13,7 +13,7 @@ from torch import Tensor
 from functorch_inverse import _torch
 from functorch_inverse._chunks import nodes_below, rooted, widest
 from functorch_inverse._composed import Function, Tensors, dependent, leveled, own_node, pullback_to_theta
-from functorch_inverse._graph import Graph, check_graph, walk
+from functorch_inverse._graph import Graph, check_graph, refuse_constant, walk
 from functorch_inverse.errors import NoDerivativeError
 
 __all__ = ["Function", "GraphPullback", "Pullback", "Tensors", "in_torch", "seen_by_graph"]
@@ -84,7 +84,7 @@ class GraphPullback(Pullback):
         self.point = [*self.y, *leaves]
         with torch.enable_grad():
             self.outputs = _evaluate(seen_by_graph(f), self.y, leaves)
-        self.nodes = check_graph(self.outputs, (*self.y, *self.theta))
+        self.nodes = check_graph(self.outputs, self.y, self.theta)
         self.transposed: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
 
     @classmethod
@@ -159,7 +159,7 @@ class _RecordedPullback(GraphPullback):
             leaves[i] = own_node(theta[i])
         self.theta = [leaves[i] for i in wanted]
         self.outputs = _evaluate(f, self.y, leaves)
-        check_graph(self.outputs, (*self.y, *self.theta))
+        check_graph(self.outputs, self.y, self.theta)
 
     def _run(self, outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return torch.autograd.grad(outputs, inputs, grads, create_graph=True, materialize_grads=True)
@@ -178,11 +178,11 @@ class _OpenPullback(GraphPullback):
             self.y = [own_node(t) for t in y]
             self.outputs = _evaluate(f, self.y, ())
         # Where nothing but y itself is tracked, nobody outside waits for a graph.
-        tracked = any(t.requires_grad for t in y) or walk(self.outputs, self.y)[1] is not None
+        tracked = any(t.requires_grad for t in y) or walk(self.outputs, self.y).foreign is not None
         self.closed = not ((tracked and torch.is_grad_enabled()) or _torch.dual_level_open())
 
     def width(self) -> int | None:
-        return widest(walk(self.outputs, self.y)[0]) if self.closed else None
+        return widest(walk(self.outputs, self.y).nodes) if self.closed else None
 
     def _run(self, outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         with torch.inference_mode(False), torch.enable_grad():
@@ -229,10 +229,7 @@ def _evaluate(f: Function, y: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
     """f at tracked y, or an error if its value no longer depends on y."""
     outputs = in_torch(f, y, theta)
     if not torch.compiler.is_dynamo_compiling() and not any(out.requires_grad for out in outputs):
-        raise NoDerivativeError(
-            "f(y, *args) does not depend on y in a way that torch can see: it detaches y, rounds it to integers, "
-            "or does not use it. f must be made of differentiable torch operations from y to x."
-        )
+        refuse_constant()
     return outputs
 
 

@@ -184,9 +184,17 @@ def _through(rows: _Rows, weight: Tensor) -> _Rows:
 def _dense_through(dense: Tensor, factor: Tensor | None, weight: Tensor) -> Tensor:
     if factor is None:
         return dense @ weight
-    if _samples(factor, 1) < 2 * len(weight):  # what is the same for all samples would take more memory than A itself
+    # What is the same for all samples would take more memory than A itself; or be rounded to nothing, or to infinity.
+    if _samples(factor, 1) < 2 * len(weight) or not _moderate(dense, weight):
         return (dense * factor.unsqueeze(-2)) @ weight
     return _combined(factor, dense.flatten(0, -2).mT.unsqueeze(-1) * weight.unsqueeze(-2))
+
+
+def _moderate(*matrices: Tensor) -> bool:
+    """Whether products of all their numbers keep their precision."""
+    sizes = torch.cat([t.flatten() for t in matrices]).abs()
+    most = torch.finfo(sizes.dtype).tiny ** -0.25
+    return not ((sizes > most) | ((sizes < 1 / most) & (sizes > 0))).any()
 
 
 def _combined(numbers: Tensor, matrices: Tensor) -> Tensor:

@@ -83,7 +83,8 @@ class Systems:
         size = size if self.scale is None else norm(self.b)
         self.target = self.rtol * size
         if atol:
-            self.target = torch.maximum(self.target, torch.as_tensor(atol if self.scale is None else atol / self.scale))
+            floor = torch.full_like(size, atol)
+            self.target = torch.maximum(self.target, floor if self.scale is None else floor / self.scale)
         self.r, self.residual, self.untouched = self.b, size, init is None
         # M r and A M r, where they are known already.
         self.begun: tuple[Tensor, Tensor] | None = None
@@ -125,6 +126,10 @@ class Systems:
         """Which systems another step could help; nan compares as False."""
         return (self.residual > self.target) & ~self.hopeless & (self.steps < self.max_steps)
 
+    def solved(self) -> bool:
+        """Whether all systems are, at a residual that is a number."""
+        return bool((self.residual.isfinite() & (self.residual <= self.target)).all())
+
     def verify(self) -> None:
         """The true residual."""
         self.r = self.b - self.maps.mv(self.u)
@@ -157,8 +162,8 @@ class Systems:
 
 
 def _moderate(size: Tensor) -> bool:
-    """Whether squares of all numbers that are not small beside these keep their precision; not so for zero or nan."""
-    most = torch.finfo(size.dtype).tiny ** -0.25
+    """Whether squares of these, times those of A and A^T, keep their precision; not so for zero or nan."""
+    most = torch.finfo(size.dtype).tiny ** -0.0625
     least, largest = torch.aminmax(size)
     return bool(least.item() > 1 / most and largest.item() < most)
 

@@ -29,7 +29,7 @@ _Step: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 def contract_together(s: Systems) -> bool:
     """Whether all systems are solved; where they are not, others go on from what is reached, or from the first product."""
-    if not s.untouched and not s.unsolved().any():
+    if not s.untouched and s.solved():
         return True
     if s.max_steps < 3:
         return False
@@ -80,7 +80,10 @@ def _go_on(s: Systems, u: Tensor, r: Tensor, step: _Step) -> bool | None:
     dear = u.numel() * u.shape[-1] >= _DEAR
     slowest, stretch = (_PACE, 2) if dear or s.maps.ahead is None else (_CHEAP_PACE, 3)
     left, steps, seen = _worst(size, floor), 2, 1
-    look = 2 if dear else _next_look(1, left, pace, stretch, s.max_steps)
+    needed = _needed(left, pace)
+    if seen + needed > s.max_steps:
+        return None
+    look = 2 if dear else min(seen + needed, stretch + 1)
     while True:
         after, residual = step(u)
         if steps == look:
@@ -93,9 +96,10 @@ def _go_on(s: Systems, u: Tensor, r: Tensor, step: _Step) -> bool | None:
             pace = (left / last) ** (1 / (steps - seen)) if last else math.inf
             if seen == 1 and (not pace <= slowest or (dear and _alike(r, s.r))):
                 return None
-            if not pace <= slowest or steps == s.max_steps:
+            needed = _needed(left, pace)
+            if not pace <= slowest or steps + needed > s.max_steps:
                 return _leave(s, u, r, size, steps)
-            look, seen = _next_look(steps, left, pace, stretch, s.max_steps), steps
+            look, seen = min(steps + needed, stretch * steps + 1), steps  # soon, while little is known of the pace
         u, steps = after, steps + 1
 
 
@@ -109,10 +113,9 @@ def _worst(size: Tensor, target: Tensor) -> float:
     return (size / target).max().item()
 
 
-def _next_look(step: int, left: float, pace: float, stretch: int, most: int) -> int:
-    """When so many times the target should have gone down to one, at this pace; soon, while little is known of it."""
-    needed = math.ceil(math.log(left) / -math.log(pace)) if 1 < left < math.inf and pace else 1
-    return min(step + max(needed, 1), stretch * step + 1, most)
+def _needed(left: float, pace: float) -> int:
+    """After how many steps at this pace so many times the target should be no more than the target."""
+    return max(math.ceil(math.log(left) / -math.log(pace)), 1) if 1 < left < math.inf and 0 < pace < 1 else 1
 
 
 def _leave(s: Systems, u: Tensor, r: Tensor, size: Tensor, steps: int) -> bool:

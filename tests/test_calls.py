@@ -476,3 +476,32 @@ def test_memory_is_flat_over_many_functions():
     gone = [make_and_use() for _ in range(100)]
     gc.collect()
     assert all(ref() is None for ref in gone)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("dims", [(0, 0, None), (0, None, 0), (None, 0, None), (None, 0, 0), (0, 0, 0), (1, -1, None)])
+def test_one_call_for_arguments_of_more_dims_than_x(dims, size):
+    """What is mapped must meet what is mapped alike, whatever stands beside it."""
+    make = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.rand(shape, generator=make, dtype=torch.float64) + 0.5
+
+    def g(x, c, W):
+        return torch.asinh((torch.linalg.inv(W) @ x.unsqueeze(-1)).squeeze(-1)) / c
+
+    def f(y, c, W):
+        return (W @ torch.sinh(c * y).unsqueeze(-1)).squeeze(-1)
+
+    h = fi.custom_inverse(g, f, event_dim=1, vmap_method="broadcast")
+    shapes = ((3,), (3,), (3, 3))
+    inputs = []
+    for k, (shape, dim) in enumerate(zip(shapes, dims, strict=True)):
+        t = draw(*shape) if dim is None else draw(size, *shape)
+        if k == 2:
+            t = t / 4 + 2 * torch.eye(3, dtype=torch.float64)
+        inputs.append(t if dim is None else t.movedim(0, dim))
+    assert_close(torch.vmap(h, dims)(*inputs), torch.vmap(g, dims)(*inputs), 1e-12)
+    for i in range(3):
+        got, want = (torch.vmap(torch.func.grad(lambda *t, k=k: (k(*t) ** 2).sum(), i), dims)(*inputs) for k in (h, g))
+        assert_close(got, want, 1e-11)

@@ -614,3 +614,42 @@ def test_undefined_samples_of_banded_vectors_stay_alone():
     got = through(singular, v, v, fi.Banded(1, 1, on_singular="nan"))
     assert got[1].isnan().all()
     assert_close([got[0], got[2]], [v[0], v[2]], 1e-12)
+
+
+@pytest.mark.parametrize("solver", [fi.GMRES(), fi.NormalCG(), fi.BiCGStab(), fi.LU(), fi.Banded(5, 5)])
+def test_a_constant_that_changes_between_two_backwards(solver):
+    """The derivative is that of the values that g has seen, or there is an error."""
+    W, U = 0.3 * torch.randn(6, 6, dtype=torch.float64), 0.3 * torch.randn(6, 6, dtype=torch.float64)
+    f = lambda y: y + torch.tanh(y @ W) @ U  # noqa: E731
+    y0, v = torch.randn(3, 6, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)
+    x = f(y0).requires_grad_()
+    J = torch.stack([torch.autograd.functional.jacobian(f, row) for row in y0])
+    want = torch.linalg.solve(J.mT, v)
+    y = fi.custom_inverse(lambda x: y0.clone(), f, event_dim=1, linear_solver=solver)(x)
+    assert_close(torch.autograd.grad(y, x, v, retain_graph=True), (want,), 1e-8)
+    W.mul_(-2)
+    try:
+        got = torch.autograd.grad(y, x, v, retain_graph=True)
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+    else:
+        assert_close(got, (want,), 1e-8)
+
+
+@pytest.mark.parametrize("event_dim", [0, 1, None])
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("way", ["argument", "closure"])
+def test_an_f_that_does_not_use_y(event_dim, order, way):
+    """Also where it depends on something else that is live."""
+    a = torch.tensor(1.5, requires_grad=True)
+    if way == "argument":
+        h = fi.custom_inverse(lambda x, a: x / a, lambda y, a: torch.sinh(y.detach()) * a, event_dim=event_dim)
+    else:
+        h = fi.custom_inverse(lambda x, _: x / a, lambda y, _: torch.sinh(y.detach()) * a, event_dim=event_dim)
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    with pytest.raises(fi.NoDerivativeError, match="does not depend on y"):
+        torch.autograd.grad(h(x, a).sum(), x, create_graph=order == 2)
+    with pytest.raises(fi.NoDerivativeError, match="does not depend on y"):
+        torch.func.grad(lambda x: h(x, a).sum())(x)
+    with pytest.raises(fi.NoDerivativeError, match="does not depend on y"):
+        torch.func.jvp(lambda x: h(x, a.detach()), (x.detach(),), (x.detach(),))

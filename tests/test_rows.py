@@ -330,3 +330,26 @@ def test_a_hook_may_look_at_what_it_is_given(name, solver, few, monkeypatch):
     (got,) = torch.autograd.grad(h(x).sum(), x)
     J = torch.stack([torch.autograd.functional.jacobian(f, row) for row in y])
     assert_close([got], [torch.linalg.solve(J.mT, torch.ones_like(y))], 1e-8)
+
+
+@pytest.mark.parametrize(
+    "dtype, size, between",
+    [(torch.float32, -22, 30), (torch.float32, 25, -30), (torch.float32, -20, 36), (torch.float64, -170, 200)],
+)
+@pytest.mark.parametrize("row", [slice(None), 0])
+def test_weights_whose_products_would_leave_the_range(dtype, size, between, row):
+    """Between two layers stands a factor that brings them back."""
+    n, samples = 16, 128
+    W, V = torch.randn(n, n, dtype=dtype), torch.randn(n, n, dtype=dtype)
+    W[:, row] *= 10.0**size
+    V[row] *= 10.0**size
+    c = 10.0**between * (1 + torch.rand(samples, n, dtype=dtype))
+    with torch.no_grad():
+        graph = Pullback.of(lambda y, _: (((y[0] @ W) * c) @ V.mT,), (torch.zeros(samples, n, dtype=dtype),), (), ())
+        got = jacobian_of_graph(graph.outputs[0], graph.y[0], n)
+    want = V.double() @ (c.double().unsqueeze(-1) * W.double().mT)
+    ok = want.abs() < torch.finfo(dtype).max / n
+    assert ok.any()
+    tolerance = 1e3 * torch.finfo(dtype).eps
+    scale = (V.double().abs() @ (c.double().unsqueeze(-1) * W.double().mT.abs())).clamp(min=torch.finfo(dtype).tiny)
+    assert ((got.double() - want).abs() / scale)[ok & (scale > 1e3 * torch.finfo(dtype).tiny)].max() < tolerance

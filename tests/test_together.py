@@ -283,3 +283,49 @@ def test_as_far_as_rounding_allows(dtype):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Counted(A).value(GMRES(), b)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_nan_after_a_solution_that_is_remembered(bad, ahead):
+    """The other systems are solved before the first step."""
+    A, b = contraction(3)
+    solver, counted = GMRES(warm_start=True), Counted(A)
+    assert_close(counted.value(solver, b, ahead=ahead), exact(A, b), 1e-8)
+    b = b.clone()
+    b[1, 2] = bad
+    found = counted.value(solver, b, ahead=ahead)
+    assert found[1].isnan().all()
+    assert_close(found[::2], exact(A, b)[::2], 1e-8)
+
+
+@pytest.mark.parametrize("most", range(16, 26))
+def test_a_method_that_needs_more_steps_than_there_are_leaves_them_to_others(most):
+    """The series would take some 40, GMRES no more than 16."""
+    S = Draw(0).normal(200, 200)
+    S = S + S.mT
+    A = torch.eye(200, **float64) + 0.45 * S / torch.linalg.matrix_norm(S, 2)
+    b = Draw(1).normal(3, 200)
+    u = Counted(A).value(GMRES(max_steps=most), b)
+    assert (residuals(A, b, u) <= 1e-10).all()
+
+
+@pytest.mark.parametrize("size, atol", [(1e45, 1e40), (1e-55, 1e-60)])
+def test_tolerances_beyond_single_precision(size, atol):
+    A, b = contraction(2)
+    b = size * b
+    found = GMRES(rtol=0.0, atol=atol).run(product(A), b)
+    assert found.converged.all()
+    assert ((b - product(A)(found.value)).norm(dim=-1) <= 1.01 * atol).all()
+    assert found.value.abs().max() > 0.01 * size
+
+
+@pytest.mark.parametrize("solver", GENERAL)
+@pytest.mark.parametrize("power", range(-6, 6))
+def test_single_precision_of_any_size(solver, power):
+    """Squares of what the methods compute on their way must stay in range."""
+    A = (torch.eye(20, **float64) + 0.1 * Draw(0).normal(20, 20)).float() * 10.0**power
+    for size in range(-9, 10):
+        b = Draw(1).normal(2, 20).float() * 10.0**size
+        u = solver().value(product(A), b, transposed=product(A.mT))
+        assert (residuals(A.double(), b.double(), u.double()) < 1e-5).all()
