@@ -277,3 +277,25 @@ def test_what_comes_after_may_change_its_arguments():
         y = points() / 10 + start
         assert torch.equal(same_count(y), torch.sin(y))
         assert torch.equal(run(y), torch.sin(y))
+
+
+def test_what_f_keeps_has_its_value_at_once():
+    kept = []
+
+    def f(y):
+        z = y.exp()
+        kept[:] = z, torch.sin(z)
+        return kept[1]
+
+    run, y = ForGraph(f), points().requires_grad_()
+    for _ in range(3):
+        out = run(y)
+        with torch.no_grad():
+            kept[0].zero_()
+        assert torch.equal(out, torch.sin(y.exp()))
+
+
+def test_the_order_of_memory_is_that_of_the_result():
+    run, y = ForGraph(torch.sin), points().reshape(256, -1).t().requires_grad_()
+    for _ in range(3):
+        assert run(y).stride() == torch.sin(y).stride() == (1, 256)
