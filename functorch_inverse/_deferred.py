@@ -14,11 +14,11 @@ from torch import Tensor
 
 from functorch_inverse import _torch
 
-__all__ = ["Deferred", "ForGraph"]
+__all__ = ["SMALL", "Deferred", "ForGraph"]
 
 _aten = torch.ops.aten
 # Operations that keep no result for their derivative; and how many bytes, for each operation of f, make it worth while.
-_FEW, _MANY = 2**16, 2**18
+SMALL, _MANY = 2**16, 2**18
 FORGETFUL: dict[Any, int] = {
     **dict.fromkeys((
         _aten.sin.default, _aten.cos.default, _aten.sinh.default, _aten.cosh.default, _aten.asin.default, _aten.acos.default,
@@ -26,7 +26,7 @@ FORGETFUL: dict[Any, int] = {
         _aten.log2.default, _aten.log10.default, _aten.log1p.default, _aten.erf.default, _aten.erfc.default,
         _aten.erfinv.default, _aten.lgamma.default, _aten.digamma.default, _aten.logit.default, _aten.softplus.default,
         _aten.silu.default, _aten.gelu.default, _aten.logaddexp.default, _aten.atan2.default, _aten.pow.Tensor_Scalar,
-    ), _FEW),
+    ), SMALL),
     **dict.fromkeys((_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tensor), _MANY),
 }  # fmt: skip
 
@@ -37,7 +37,7 @@ class ForGraph:
     def __init__(self, f: Callable[..., Any]) -> None:
         self.f = f
         self.last: tuple[Any, int] = (None, 0)  # the last operation of the evaluation before, and how many there were
-        self.worth = _FEW
+        self.worth = SMALL
 
     def __call__(self, y: Tensor, *args: Tensor) -> Any:
         """f(y, *args)."""

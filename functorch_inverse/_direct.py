@@ -5,7 +5,7 @@ What any other call has to find out about pytrees, event dims and closures is ke
 
 import functools
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -18,7 +18,7 @@ from functorch_inverse._attach import attach_plainly, pulled_back
 from functorch_inverse._call import Given, Values, solve
 from functorch_inverse._capture import Captured
 from functorch_inverse._chunks import chunk_of, jacobian, widest
-from functorch_inverse._deferred import Deferred, ForGraph
+from functorch_inverse._deferred import SMALL, Deferred, ForGraph
 from functorch_inverse._graph import Graph, check_graph
 from functorch_inverse._inverse import InverseProblem
 from functorch_inverse._pullback import GraphPullback, Tensors, in_torch
@@ -126,6 +126,7 @@ class _Way:
     def __init__(self, problem: InverseProblem, equation: Equation, captured: Captured) -> None:
         self.equation, self.linear_solver, self.captured = equation, problem.linear_solver, captured
         numbers, vectors = (equation.y_dims == equation.x_dims == (n,) for n in (0, 1))
+        self.evidence = problem.evidence
         self.f = ForGraph(problem.evidence) if numbers else problem.evidence
         self.prepare = _division if numbers else _preparation(self.linear_solver) if vectors else None
         self.is_short = self.prepare is not None and all(map(_is_plain, captured.tensors))
@@ -152,19 +153,15 @@ class _Way:
         if self.captured.tensors:
             return in_torch(self.equation.f, (y,), theta)[0]
         self.captured.verify()
-        return in_torch(self.f, y, *theta)
+        return in_torch(self.f if y.nbytes >= SMALL else self.evidence, y, *theta)
 
 
 class _Pull(NamedTuple):
-    """The numbers u = A^-T v, and what the chosen args receive of them."""
+    """u = A^-T v, and the graph that gives the chosen args their -C^T u."""
 
     solve: Callable[[Tensor], Tensor]
     output: Tensor
     chosen: tuple[Tensor, ...]
-
-    def received(self, u: Tensor) -> Iterator[Tensor]:
-        """-C^T u."""
-        return iter(_torch.graph_grad((self.output,), self.chosen, (-u,)) if self.chosen else ())
 
 
 def _division(graph: Graph, _: Any) -> Callable[[Tensor], Tensor]:
@@ -246,7 +243,9 @@ class _Short(Function):
         # The factors serve the next backward of this node, and go with the graph.
         ctx.kept = (wanted, pull) if _torch.graph_is_kept() else None
         u = pull.solve(v)
-        received = pull.received(u)
+        if not pull.chosen:
+            return None, None, None, None, u, *[None] * len(wanted)
+        received = iter(_torch.graph_grad((pull.output,), pull.chosen, (-u,)))
         return None, None, None, None, u, *[next(received) if flag else None for flag in wanted]
 
 

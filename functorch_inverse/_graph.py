@@ -73,15 +73,22 @@ def rows_together(output: Tensor, y: Tensor) -> Tensor:
 
 def check_graph(outputs: Sequence[Tensor], y: Sequence[Tensor], theta: Sequence[Tensor] = ()) -> list[Any]:
     """The graph, or NoDerivativeError where it ends in a tensor that nobody differentiates, or nowhere in y."""
-    nodes, foreign, met = walk(outputs, (*y, *theta))
+    nodes, foreign, unmet = walk(outputs, (*y, *theta))
     if foreign is not None:
         raise NoDerivativeError(
             f"f read a live tensor of shape {tuple(foreign.shape)} that nobody could see when g was called, so its "
             "derivative would be lost. Hand it over as an argument: g(x, tensor) with f(y, tensor)."
         )
-    if not any(id(t) in met for t in y):
+    if unmet.issuperset(map(id, y)) and not _ends_inside(nodes, outputs, y):
         refuse_constant()
     return nodes
+
+
+def _ends_inside(nodes: Sequence[Any], outputs: Sequence[Tensor], y: Sequence[Tensor]) -> bool:
+    """Whether a graph ends in one of y that is no leaf, or an output is one of y."""
+    ends = {t.grad_fn for t in y} - {None}
+    following = (end for node in nodes for end, _ in node.next_functions)
+    return any(out is t for out in outputs for t in y) or not ends.isdisjoint(following)
 
 
 def refuse_constant() -> NoReturn:
@@ -92,34 +99,22 @@ def refuse_constant() -> NoReturn:
     )
 
 
-class Walk(NamedTuple):
-    """The nodes of a graph, a leaf that is not known, if there is one, and the ids of the known tensors that it ends in."""
-
-    nodes: list[Any]
-    foreign: Tensor | None
-    met: set[int]
-
-
-def walk(outputs: Sequence[Tensor], known: Sequence[Tensor]) -> Walk:
-    """Through the graph of the outputs, down to the known tensors."""
-    expected: set[int] = {id(t) for t in known}
-    met = {id(out) for out in outputs if id(out) in expected}
-    ends = {t.grad_fn: id(t) for t in known if t.grad_fn is not None}
+def walk(outputs: Sequence[Tensor], known: Sequence[Tensor]) -> tuple[list[Any], Tensor | None, set[int]]:
+    """The nodes of a graph, a leaf that is not known, if there is one, and the ids of the known tensors that are no leaves."""
+    unmet: set[int] = {id(t) for t in known}
     foreign: Tensor | None = None
-    seen: set[Any] = {None, *ends}
+    seen: set[Any] = {None, *(t.grad_fn for t in known)}
     queue: list[Any] = [out.grad_fn for out in outputs if out.grad_fn not in seen]
     for node in queue:  # grows while it is walked
         following_ones = node.next_functions
         variable = None if following_ones else getattr(node, "variable", None)
         if variable is not None:
-            if id(variable) in expected:
-                met.add(id(variable))
+            if id(variable) in unmet:
+                unmet.discard(id(variable))
             else:
                 foreign = variable
         for following, _ in following_ones:
             if following not in seen:
                 seen.add(following)
                 queue.append(following)
-            elif following in ends:
-                met.add(ends[following])
-    return Walk(queue, foreign, met)
+    return queue, foreign, unmet

@@ -178,11 +178,11 @@ class _OpenPullback(GraphPullback):
             self.y = [own_node(t) for t in y]
             self.outputs = _evaluate(f, self.y, ())
         # Where nothing but y itself is tracked, nobody outside waits for a graph.
-        tracked = any(t.requires_grad for t in y) or walk(self.outputs, self.y).foreign is not None
+        tracked = any(t.requires_grad for t in y) or walk(self.outputs, self.y)[1] is not None
         self.closed = not ((tracked and torch.is_grad_enabled()) or _torch.dual_level_open())
 
     def width(self) -> int | None:
-        return widest(walk(self.outputs, self.y).nodes) if self.closed else None
+        return widest(walk(self.outputs, self.y)[0]) if self.closed else None
 
     def _run(self, outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         with torch.inference_mode(False), torch.enable_grad():

@@ -137,31 +137,28 @@ def output(leaf: Any, like: Tensor | None, inputs: Sequence[Tensor]) -> Tensor:
     if like is not None and not settled and is_differentiable(tensor):
         tensor = tensor.to(device=like.device, dtype=same_precision(tensor.dtype, like.dtype))
     # An input belongs to the caller, and memory of another library may be written to by the next call of g.
-    return tensor.clone() if not array and (_is_lent(tensor) or _shares(tensor, inputs)) else tensor
+    return tensor if array or _is_its_own(tensor, inputs) else tensor.clone()
+
+
+def _is_its_own(tensor: Tensor, inputs: Sequence[Tensor]) -> bool:
+    """Whether a result has memory that neither an input nor another library writes to; the compiler sees to that itself."""
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    if _torch.is_wrapped(tensor):
+        return False
+    if not _has_memory(tensor):
+        return True
+    storage = tensor.untyped_storage()  # that of a NumPy array, say, cannot be resized
+    return storage.resizable() and (not tensor.numel() or storage.data_ptr() not in map(_address, inputs))
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    return type(tensor) in PLAIN and tensor.layout is torch.strided
 
 
 def _address(tensor: Tensor) -> int | None:
     """Where the data of a tensor lies, if it can be told."""
-    if torch.compiler.is_dynamo_compiling() or _torch.is_wrapped(tensor):
-        return None
-    plain = type(tensor) in PLAIN and tensor.layout is torch.strided and tensor.numel() > 0
-    return tensor.untyped_storage().data_ptr() if plain else None
-
-
-def _is_lent(tensor: Tensor) -> bool:
-    """Whether the memory of a tensor is that of a NumPy array, say: torch cannot resize it."""
-    if torch.compiler.is_dynamo_compiling() or _torch.is_wrapped(tensor):
-        return False
-    plain = type(tensor) in PLAIN and tensor.layout is torch.strided
-    return plain and not tensor.untyped_storage().resizable()
-
-
-def _shares(tensor: Tensor, inputs: Sequence[Tensor]) -> bool:
-    """Whether a result may be the same memory as an input; the compiler takes care of it by itself."""
-    if torch.compiler.is_dynamo_compiling():
-        return False
-    address = _address(tensor)
-    return address in map(_address, inputs) if address is not None else _torch.is_wrapped(tensor)
+    return None if _torch.is_wrapped(tensor) or not _has_memory(tensor) else tensor.untyped_storage().data_ptr()
 
 
 def is_array(leaf: Any) -> bool:
