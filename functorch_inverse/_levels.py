@@ -165,7 +165,7 @@ class _Followed(Function):
 
 
 # What `Function.apply` does before, it does for other classes.
-_apply: Callable[..., tuple[Tensor, ...]] = super(Function, _Followed).apply
+_apply: Callable[..., tuple[Tensor, ...]] = _torch.plain_apply(_Followed)
 
 
 def announced(function: Callable[..., Any], tensors: Tensors, *args: Any) -> Any:

@@ -52,6 +52,31 @@ try:
     # The containers in which torch functions take and return tensors.
     from torch.utils._pytree import tree_leaves, tree_map
 
+    no_torch_function: Any = _disabled_torch_function_impl
+    _run_backward: Any = Variable._execution_engine.run_backward
+    is_wrapped = _functorch.is_functorch_wrapped_tensor
+    add_batch_dim, wrap_for_grad = _functorch._add_batch_dim, _functorch._wrap_for_grad
+    # The transform that wraps a tensor, counted from the outermost; -1 for a plain one, -2 where it is closed.
+    level = _functorch.maybe_get_level
+    unwrapped, batch_dim = _functorch.get_unwrapped, _functorch.maybe_get_bdim
+    # The open transforms, of which the innermost can be taken off for a while.
+    peek_transform, pop_transform, push_transform = (
+        _functorch.peek_interpreter_stack, _functorch.pop_dynamic_layer_stack, _functorch.push_dynamic_layer_stack,
+    )  # fmt: skip
+    open_vmap, close_vmap = _functorch._vmap_increment_nesting, _functorch._vmap_decrement_nesting
+    remove_batch_dim = _functorch._remove_batch_dim
+    RandomnessType = _functorch.RandomnessType
+    TransformType, VmapInterpreter = _functorch.TransformType, _functorch.CVmapInterpreterPtr
+    GradInterpreter, JvpInterpreter = _functorch.CGradInterpreterPtr, _functorch.CJvpInterpreterPtr
+    # A Function that speaks for one level alone may be applied while transforms are open; torch does so itself.
+    single_level_allowed = _functorch.get_single_level_autograd_function_allowed
+    allow_single_level = _functorch.set_single_level_autograd_function_allowed
+    forward_mode = forward_ad._set_fwd_grad_enabled
+
+    # The vmap of is_grads_batched and torch.autograd.functional, which does not ask a Function for its rule: its tensors
+    # have no values to show, and go one by one through an operator that it does not know.
+    is_legacy_batched = _functorch.is_legacy_batchedtensor
+
     # Read here so that their absence shows at import.
     _ = (eager_transforms.JVP_NESTING, forward_ad._current_level)
 except (ImportError, AttributeError) as error:
@@ -74,31 +99,7 @@ __all__ = [
     "tree_leaves", "tree_map", "undisturbed", "unwrapped", "wrap_for_grad", "wrapper",
 ]  # fmt: skip
 
-no_torch_function: Any = _disabled_torch_function_impl
-_run_backward: Any = Variable._execution_engine.run_backward
-is_wrapped = _functorch.is_functorch_wrapped_tensor
-add_batch_dim, wrap_for_grad = _functorch._add_batch_dim, _functorch._wrap_for_grad
-# The transform that wraps a tensor, counted from the outermost; -1 for a plain one, -2 where it is closed.
-level = _functorch.maybe_get_level
-unwrapped, batch_dim = _functorch.get_unwrapped, _functorch.maybe_get_bdim
-# The open transforms, of which the innermost can be taken off for a while.
-peek_transform, pop_transform, push_transform = (
-    _functorch.peek_interpreter_stack, _functorch.pop_dynamic_layer_stack, _functorch.push_dynamic_layer_stack,
-)  # fmt: skip
-open_vmap, close_vmap = _functorch._vmap_increment_nesting, _functorch._vmap_decrement_nesting
-remove_batch_dim = _functorch._remove_batch_dim
-RandomnessType = _functorch.RandomnessType
-TransformType, VmapInterpreter = _functorch.TransformType, _functorch.CVmapInterpreterPtr
-GradInterpreter, JvpInterpreter = _functorch.CGradInterpreterPtr, _functorch.CJvpInterpreterPtr
-# A Function that speaks for one level alone may be applied while transforms are open; torch does so itself.
-single_level_allowed = _functorch.get_single_level_autograd_function_allowed
-allow_single_level = _functorch.set_single_level_autograd_function_allowed
-forward_mode = forward_ad._set_fwd_grad_enabled
 _NO_CONTEXT = nullcontext()
-
-# The vmap of is_grads_batched and torch.autograd.functional, which does not ask a Function for its rule: its tensors
-# have no values to show, and go one by one through an operator that it does not know.
-is_legacy_batched = _functorch.is_legacy_batchedtensor
 
 
 def transforms_active() -> bool:
@@ -269,5 +270,5 @@ def full_precision(tensor: Tensor) -> AbstractContextManager[None]:
 
 
 def plain_apply(function: Any) -> Any:
-    """The apply of an autograd.Function for those who know that no transform is open: torch asks at every call."""
+    """The apply of an autograd.Function for those who look for open transforms by themselves: torch does at every call."""
     return super(torch.autograd.Function, function).apply

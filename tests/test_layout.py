@@ -1,6 +1,8 @@
 """The shape of the package: imports go downward, private names in one place, functions fit on a screen."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -167,3 +169,31 @@ def test_public_names_are_documented():
 
 def test_type_information_is_shipped():
     assert (PACKAGE / "py.typed").exists()
+
+
+LACKING = """
+import {module} as module
+del module.{name}
+try:
+    import functorch_inverse
+except ImportError as error:
+    assert "supports torch >= 2.11" in str(error) and {name!r} in str(error), error
+else:
+    raise AssertionError("nobody noticed")
+"""
+
+
+@pytest.mark.parametrize(
+    "module, name",
+    [
+        ("torch._C._functorch", "peek_interpreter_stack"),
+        ("torch._C._functorch", "CGradInterpreterPtr"),
+        ("torch._C._functorch", "get_single_level_autograd_function_allowed"),
+        ("torch._functorch.eager_transforms", "JVP_NESTING"),
+        ("torch._C", "_len_torch_dispatch_stack"),
+    ],
+)
+def test_a_torch_that_lacks_a_private_name_is_told_of(module, name):
+    """A new version breaks in one place, and says so."""
+    done = subprocess.run([sys.executable, "-c", LACKING.format(module=module, name=name)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
