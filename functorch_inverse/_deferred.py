@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from functorch_inverse import _torch
+from functorch_inverse._tree import PLAIN
 
 __all__ = ["SMALL", "Deferred", "ForGraph"]
 
@@ -44,12 +45,16 @@ class ForGraph:
         if y.nbytes < self.worth or _torch.dispatch_modes_open():
             return self.f(y, *args)
         run = _Run(y, *self.last)
+        _torch.push_dispatch_mode(run)
         try:
-            with run:
-                result = self.f(y, *args)
+            result = self.f(y, *args)
         except Exception:
             if run.deferred is None:
                 raise
+            result = None
+        finally:
+            _torch.pop_dispatch_mode(None)
+        if result is None:
             self.worth = sys.maxsize  # f may look in a way that nobody sees
             return self.f(y, *args)
         self.last = run.func, run.count
@@ -60,11 +65,11 @@ class ForGraph:
         return result
 
 
-class _Run(_torch.DispatchMode):
+# No TorchDispatchMode, which tells a compiler by variables that all threads share that somebody watches.
+class _Run:
     """One evaluation: counts operations, and defers the one that is expected to be the last."""
 
     def __init__(self, y: Tensor, expected: Any, at: int) -> None:
-        super().__init__()
         self.y, self.expected, self.at = y, expected, at
         self.func, self.count = None, 0
         self.deferred: Deferred | None = None
@@ -86,7 +91,8 @@ class _Run(_torch.DispatchMode):
         return (
             all(isinstance(arg, Tensor | int | float) for arg in args)
             and any(t.shape == y.shape for t in tensors)
-            and all(t.dtype is y.dtype and t.is_contiguous() and (t.shape == y.shape or not t.ndim) for t in tensors)
+            and all(type(t) in PLAIN and t.dtype is y.dtype for t in tensors)
+            and all(t.is_contiguous() and (t.shape == y.shape or not t.ndim) for t in tensors)
         )
 
 

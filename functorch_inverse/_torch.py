@@ -23,11 +23,13 @@ try:
         _get_dispatch_mode,
         _is_fwd_grad_enabled,
         _is_torch_function_mode_enabled,
+        _push_on_torch_dispatch_stack,
         _TorchDispatchModeKey,
     )
 
-    # Who watches operations below autograd.
+    # Who watches operations below autograd, in this thread.
     from torch._C import _len_torch_dispatch_stack as dispatch_modes_open
+    from torch._C import _pop_torch_dispatch_stack as pop_dispatch_mode
 
     # Whether another backward pass through the same graph may come.
     from torch._C._autograd import _get_current_graph_task_keep_graph as graph_is_kept
@@ -47,12 +49,12 @@ try:
 
     # A small backward pass without the checks of torch.autograd.grad, which cost as much again.
     from torch.autograd.variable import Variable
-    from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
 
     # The containers in which torch functions take and return tensors.
     from torch.utils._pytree import tree_leaves, tree_map
 
     no_torch_function: Any = _disabled_torch_function_impl
+    push_dispatch_mode: Any = _push_on_torch_dispatch_stack  # takes anything that dispatches
     _run_backward: Any = Variable._execution_engine.run_backward
     is_wrapped = _functorch.is_functorch_wrapped_tensor
     add_batch_dim, wrap_for_grad = _functorch._add_batch_dim, _functorch._wrap_for_grad
@@ -88,15 +90,15 @@ except (ImportError, AttributeError) as error:
 Tensors: TypeAlias = tuple[Tensor, ...]
 
 __all__ = [
-    "DispatchMode", "GradInterpreter", "JvpInterpreter", "RandomnessType", "TransformType", "VmapInterpreter",
-    "add_batch_dim", "allow_single_level", "at_current_level", "autocasts", "batch_dim", "can_inspect", "can_record",
-    "close_vmap", "derivative_order", "dispatch_modes_open", "dual_level_open", "fake_mode", "forward_levels",
-    "forward_mode", "forward_mode_again", "forward_mode_available", "full_precision", "function_mode_active", "graph_grad",
-    "graph_is_kept", "in_jvp", "interpreter_in_python", "is_legacy_batched", "is_recorded", "is_tracked",
-    "is_wrapped", "level", "mark", "no_functions", "no_torch_function", "open_vmap", "peek_transform", "plain",
-    "plain_apply", "pop_transform", "primal", "push_transform", "recording", "remove_batch_dim", "saved_tensors_have_hooks",
-    "shapes_into", "single_level_allowed", "traced_derivatives_possible", "traced_transforms", "transforms_active",
-    "tree_leaves", "tree_map", "undisturbed", "unwrapped", "wrap_for_grad", "wrapper",
+    "GradInterpreter", "JvpInterpreter", "RandomnessType", "TransformType", "VmapInterpreter", "add_batch_dim",
+    "allow_single_level", "at_current_level", "autocasts", "batch_dim", "can_inspect", "can_record", "close_vmap",
+    "derivative_order", "dispatch_modes_open", "dual_level_open", "fake_mode", "forward_levels", "forward_mode",
+    "forward_mode_again", "forward_mode_available", "full_precision", "function_mode_active", "graph_grad", "graph_is_kept",
+    "in_jvp", "interpreter_in_python", "is_legacy_batched", "is_recorded", "is_tracked", "is_wrapped", "level", "mark",
+    "no_functions", "no_torch_function", "open_vmap", "peek_transform", "plain", "plain_apply", "pop_dispatch_mode",
+    "pop_transform", "primal", "push_dispatch_mode", "push_transform", "recording", "remove_batch_dim",
+    "saved_tensors_have_hooks", "shapes_into", "single_level_allowed", "traced_derivatives_possible", "traced_transforms",
+    "transforms_active", "tree_leaves", "tree_map", "undisturbed", "unwrapped", "wrap_for_grad", "wrapper",
 ]  # fmt: skip
 
 _NO_CONTEXT = nullcontext()

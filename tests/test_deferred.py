@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_in_torch_dispatch_mode
 
 import functorch_inverse as fi
 from functorch_inverse import _deferred
@@ -299,3 +299,27 @@ def test_the_order_of_memory_is_that_of_the_result():
     run, y = ForGraph(torch.sin), points().reshape(256, -1).t().requires_grad_()
     for _ in range(3):
         assert run(y).stride() == torch.sin(y).stride() == (1, 256)
+
+
+def test_no_thread_is_told_of_a_mode_of_ours():
+    """Torch keeps that in variables that all threads share; one that compiles meanwhile would set them wrong for good."""
+    seen = []
+
+    def f(y):
+        seen.append((torch._C._len_torch_dispatch_stack(), is_in_torch_dispatch_mode()))
+        return torch.sin(y)
+
+    run = ForGraph(f)
+    for _ in range(2):
+        run(points().requires_grad_())
+    assert seen == [(1, False)] * 2
+    assert torch._C._len_torch_dispatch_stack() == 0
+
+
+def test_an_error_of_f_leaves_no_mode_behind():
+    def f(y):
+        raise KeyError("broken")
+
+    with pytest.raises(KeyError):
+        ForGraph(f)(points().requires_grad_())
+    assert torch._C._len_torch_dispatch_stack() == 0
