@@ -136,13 +136,16 @@ class _Way:
         return ImplicitRule(self.equation, self.linear_solver)
 
     def pull(self, y: Tensor, theta: Tensors, wanted: Sequence[bool]) -> "_Pull | None":
-        """A^-T v and -C^T A^-T v as functions of v, by plain autograd: one evaluation of f."""
+        """A^-T v and -C^T A^-T v as functions of v, by plain autograd: one evaluation of f. Grad mode is off outside."""
         if not y.numel() or self.prepare is None:
             return None
         at, leaves = y.detach().requires_grad_(), [t.detach() for t in theta]
         chosen = tuple([t.requires_grad_() for t, flag in zip(leaves, wanted, strict=True) if flag])
-        with torch.enable_grad():
+        _torch.set_grad_enabled(True)
+        try:
             out = self._evaluate(at, leaves)
+        finally:
+            _torch.set_grad_enabled(False)
         if type(out) not in _RESULTS or out.shape != at.shape or out.dtype is not at.dtype or not out.requires_grad:
             return None
         graph = Graph(out, at, check_graph((out,), (at,), chosen))

@@ -73,6 +73,9 @@ def rows_together(output: Tensor, y: Tensor) -> Tensor:
 
 def check_graph(outputs: Sequence[Tensor], y: Sequence[Tensor], theta: Sequence[Tensor] = ()) -> list[Any]:
     """The graph, or NoDerivativeError where it ends in a tensor that nobody differentiates, or nowhere in y."""
+    node = outputs[0].grad_fn
+    if len(outputs) == 1 and node is not None and _is_of(node, y[0]):
+        return [node, node.next_functions[0][0]]
     nodes, foreign, unmet = walk(outputs, (*y, *theta))
     if foreign is not None:
         raise NoDerivativeError(
@@ -82,6 +85,12 @@ def check_graph(outputs: Sequence[Tensor], y: Sequence[Tensor], theta: Sequence[
     if unmet.issuperset(map(id, y)) and not _ends_inside(nodes, outputs, y):
         refuse_constant()
     return nodes
+
+
+def _is_of(node: Any, leaf: Tensor) -> bool:
+    """Whether an operation has this leaf as its only input."""
+    following = node.next_functions
+    return len(following) == 1 and getattr(following[0][0], "variable", None) is leaf
 
 
 def _ends_inside(nodes: Sequence[Any], outputs: Sequence[Tensor], y: Sequence[Tensor]) -> bool:
@@ -101,20 +110,18 @@ def refuse_constant() -> NoReturn:
 
 def walk(outputs: Sequence[Tensor], known: Sequence[Tensor]) -> tuple[list[Any], Tensor | None, set[int]]:
     """The nodes of a graph, a leaf that is not known, if there is one, and the ids of the known tensors that are no leaves."""
-    unmet: set[int] = {id(t) for t in known}
+    unmet, seen = set(map(id, known)), {None, *[t.grad_fn for t in known]}
     foreign: Tensor | None = None
-    seen: set[Any] = {None, *(t.grad_fn for t in known)}
     queue: list[Any] = [out.grad_fn for out in outputs if out.grad_fn not in seen]
     for node in queue:  # grows while it is walked
         following_ones = node.next_functions
-        variable = None if following_ones else getattr(node, "variable", None)
-        if variable is not None:
-            if id(variable) in unmet:
-                unmet.discard(id(variable))
-            else:
-                foreign = variable
         for following, _ in following_ones:
             if following not in seen:
                 seen.add(following)
                 queue.append(following)
+        if not following_ones and hasattr(node, "variable"):
+            if id(node.variable) in unmet:
+                unmet.discard(id(node.variable))
+            else:
+                foreign = node.variable
     return queue, foreign, unmet

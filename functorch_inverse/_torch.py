@@ -24,6 +24,7 @@ try:
         _is_fwd_grad_enabled,
         _is_torch_function_mode_enabled,
         _push_on_torch_dispatch_stack,
+        _set_grad_enabled,
         _TorchDispatchModeKey,
     )
 
@@ -54,6 +55,7 @@ try:
     from torch.utils._pytree import tree_leaves, tree_map
 
     no_torch_function: Any = _disabled_torch_function_impl
+    set_grad_enabled: Any = _set_grad_enabled  # a context manager costs five times as much
     push_dispatch_mode: Any = _push_on_torch_dispatch_stack  # takes anything that dispatches
     _run_backward: Any = Variable._execution_engine.run_backward
     is_wrapped = _functorch.is_functorch_wrapped_tensor
@@ -97,8 +99,9 @@ __all__ = [
     "in_jvp", "interpreter_in_python", "is_legacy_batched", "is_recorded", "is_tracked", "is_wrapped", "level", "mark",
     "no_functions", "no_torch_function", "open_vmap", "peek_transform", "plain", "plain_apply", "pop_dispatch_mode",
     "pop_transform", "primal", "push_dispatch_mode", "push_transform", "recording", "remove_batch_dim",
-    "saved_tensors_have_hooks", "shapes_into", "single_level_allowed", "traced_derivatives_possible", "traced_transforms",
-    "transforms_active", "tree_leaves", "tree_map", "undisturbed", "unwrapped", "wrap_for_grad", "wrapper",
+    "saved_tensors_have_hooks", "set_grad_enabled", "shapes_into", "single_level_allowed", "traced_derivatives_possible",
+    "traced_transforms", "transforms_active", "tree_leaves", "tree_map", "undisturbed", "unwrapped", "wrap_for_grad",
+    "wrapper",
 ]  # fmt: skip
 
 _NO_CONTEXT = nullcontext()

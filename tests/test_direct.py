@@ -653,3 +653,23 @@ def test_an_f_that_does_not_use_y(event_dim, order, way):
         torch.func.grad(lambda x: h(x, a).sum())(x)
     with pytest.raises(fi.NoDerivativeError, match="does not depend on y"):
         torch.func.jvp(lambda x: h(x, a.detach()), (x.detach(),), (x.detach(),))
+
+
+def test_an_error_of_f_in_a_backward_leaves_grad_mode_as_it_was():
+    def f(y):
+        if y.requires_grad:
+            raise KeyError("broken")
+        return torch.sinh(y)
+
+    x = X.clone().requires_grad_()
+    y = fi.custom_inverse(asinh, f, event_dim=0)(x)
+    seen = []
+    y.register_hook(lambda v: seen.append(torch.is_grad_enabled()))
+    x.register_hook(lambda v: seen.append(torch.is_grad_enabled()))
+    with pytest.raises(KeyError, match="broken"):
+        torch.autograd.grad(y.sum(), x)
+    assert torch.is_grad_enabled()
+    with torch.no_grad(), pytest.raises(KeyError, match="broken"):
+        torch.autograd.grad(y, x, torch.ones_like(y))
+    assert seen == [False, False]
+    assert torch.is_grad_enabled()
