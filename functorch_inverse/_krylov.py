@@ -119,9 +119,17 @@ class Krylov:
     def value(
         self, mv: Apply, b: Tensor, *, transposed: Apply | None = None, transpose: bool = False, ahead: Ahead | None = None
     ) -> Tensor:
-        """u alone, as `run` finds it: all systems may move together then, which takes less than to watch each of them.
+        r"""u with :math:`A u = b` alone, for each leading index: all may move together, which takes less than to watch each.
 
-        `ahead` is (b, u) -> b + u - A u, where it costs less than A u.
+        Args:
+            mv, b, transposed, transpose: as for `run`.
+            ahead: (b, u) -> b + u - A u of (\*lead, n), where it costs less than A u.
+
+        Returns:
+            u of b's shape, with the residuals that `run` promises; nan as there.
+
+        Raises:
+            NotConvergedError, StructureError: as `run` does.
         """
         self._look(b)
         b = b.detach()
@@ -220,7 +228,7 @@ class Krylov:
         )
         if self.on_failure == "raise":
             raise NotConvergedError(text)
-        warnings.warn(text, RuntimeWarning, stacklevel=5)
+        warnings.warn(text, RuntimeWarning, stacklevel=6)  # past the no_grad of `run`
 
     def _advice(self, s: Systems, which: Tensor) -> str:
         return (

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from functorch_inverse import _torch
 from functorch_inverse._mixing import BROADCASTING, MIXING, SAME_WITH_MORE_DIMS, with_rows
+from functorch_inverse._singular import has_to_wait
 from functorch_inverse._stand_in import DIVISIONS, ELEMENTWISE, StandIn
 
 __all__ = ["jacobian_of_graph"]
@@ -184,8 +185,9 @@ def _through(rows: _Rows, weight: Tensor) -> _Rows:
 def _dense_through(dense: Tensor, factor: Tensor | None, weight: Tensor) -> Tensor:
     if factor is None:
         return dense @ weight
-    # What is the same for all samples would take more memory than A itself; or be rounded to nothing, or to infinity.
-    if _samples(factor, 1) < 2 * len(weight) or not _moderate(dense, weight):
+    # What is the same for all samples would take more memory than A itself; or be rounded to nothing, or to infinity,
+    # which nobody waits to find out.
+    if _samples(factor, 1) < 2 * len(weight) or has_to_wait(factor) or not _moderate(dense, weight):
         return (dense * factor.unsqueeze(-2)) @ weight
     return _combined(factor, dense.flatten(0, -2).mT.unsqueeze(-1) * weight.unsqueeze(-2))
 

@@ -785,3 +785,31 @@ def test_a_closure_as_argument_of_an_inner_transform_is_an_error():
     for derivative in (lambda: grad(lambda c: h(X, c).sum())(c), lambda: jvp(lambda c: h(X, c).sum(), (c,), (c,))):
         with pytest.raises(fi.NoDerivativeError, match="as an argument"):
             derivative()
+
+
+@pytest.mark.parametrize("name", ["grad", "jacrev", "vmap"])
+def test_a_closure_as_an_argument_of_an_inner_transform(name):
+    """torch.func looks at such arguments below everything that can be watched; handed over to g, it is right."""
+
+    def inner(y, W):
+        if name == "vmap":
+            return y + 0.1 * torch.vmap(lambda y, w: torch.tanh(y * w).sum(), (None, 0))(y, W)
+        q = lambda y, W: 0.1 * ((y @ W) ** 2).sum()  # noqa: E731
+        return y + (torch.func.grad(q)(y, W) if name == "grad" else torch.func.jacrev(q, 1)(y, W).sum(0))
+
+    def total(W):
+        return fi.custom_inverse(lambda x: 0.9 * x, lambda y: inner(y, W))(x).square().sum()
+
+    def handed_over(W):
+        return fi.custom_inverse(lambda x, W: 0.9 * x, inner)(x, W).square().sum()
+
+    x, W = torch.linspace(-1, 2, 3, dtype=torch.float64), torch.linspace(0, 1, 9, dtype=torch.float64).cos().reshape(3, 3)
+    with pytest.raises(fi.NoDerivativeError, match="as an argument, where it cannot be followed"):
+        torch.func.grad(total)(W)
+    with pytest.raises(fi.NoDerivativeError, match="Hand it over as an argument"):
+        V = W.clone().requires_grad_()
+        torch.autograd.grad(total(V), V)
+    y = 0.9 * x
+    A = torch.func.jacrev(inner)(y, W)
+    want = -torch.func.vjp(lambda W: inner(y, W), W)[1](torch.linalg.solve(A.mT, 2 * y))[0]
+    assert_close([torch.func.grad(handed_over)(W)], [want], 1e-12)

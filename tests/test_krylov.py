@@ -684,3 +684,10 @@ def test_a_singular_system_is_no_matter_of_rounding(solver, dtype):
     A = torch.tensor([[2.0, 1.0, 3.0], [1.0, 1.0, 2.0], [3.0, 2.0, 5.0]], dtype=dtype)
     with pytest.raises(NotConvergedError):
         solver.run(lambda v: v @ A.T, torch.tensor([1.0, 2.0, -1.0], dtype=dtype), transposed=lambda v: v @ A)
+
+
+def test_a_warning_names_the_line_that_asked():
+    A = torch.linspace(0, 9, 400, **float64).sin().reshape(20, 20)
+    with pytest.warns(RuntimeWarning, match="did not reach") as seen:
+        GMRES(max_steps=2, on_failure="warn").run(product(A), ones(20, (1,)))
+    assert [w.filename for w in seen] == [__file__]

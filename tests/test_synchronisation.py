@@ -8,7 +8,7 @@ from problems import VECTOR, vector_exact, vector_f, vector_g
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import functorch_inverse as fi
-from functorch_inverse import linear_solvers
+from functorch_inverse import _rows, linear_solvers
 
 X, C, B = VECTOR.inputs()
 _aten = torch.ops.aten
@@ -16,11 +16,34 @@ LOOKS = {_aten._local_scalar_dense.default, _aten.is_nonzero.default, _aten.nonz
 
 
 class NoLook(TorchDispatchMode):
-    """Values may be computed with, and not be looked at."""
+    """Values may be computed with, and not be looked at; nor may anybody swallow the error.
+
+    A mode is off while a tensor subclass computes; so the methods that look are watched, too.
+    """
+
+    METHODS = ("__bool__", "__float__", "__int__", "item", "tolist")
+
+    def __init__(self):
+        super().__init__()
+        self.looks = []
+
+    def refuse(self, what, *_):
+        self.looks.append(what)
+        raise AssertionError(f"{what} waits for a value")
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func not in LOOKS, f"{func} waits for a value"
-        return func(*args, **(kwargs or {}))
+        return self.refuse(func) if func in LOOKS else func(*args, **(kwargs or {}))
+
+    def __enter__(self):
+        for name in self.METHODS:
+            setattr(torch.Tensor, name, lambda _, name=name: self.refuse(name))
+        return super().__enter__()
+
+    def __exit__(self, kind, error, trace):
+        super().__exit__(kind, error, trace)
+        for name in self.METHODS:
+            delattr(torch.Tensor, name)
+        assert kind is not None or not self.looks, f"{self.looks} waited for a value"
 
 
 def numbers(x, *_):
@@ -32,11 +55,38 @@ def vectors(x, c, b, solver="nan"):
     return fi.custom_inverse(vector_g, vector_f, event_dim=1, linear_solver=solver)(x, c, b)
 
 
+V, W = (torch.linspace(-1, 1, n * m, dtype=torch.float64).cos().reshape(n, m) / 4 for n, m in ((3, 8), (8, 3)))
+
+
+def layers(x, *_, solver="nan"):
+    """Two, with an activation in between; y is x."""
+    f = lambda y: y + torch.tanh(y @ V.to(y)) @ W.to(y)  # noqa: E731
+    return fi.custom_inverse(lambda x: x * 1, f, event_dim=1, linear_solver=fi.LU(on_singular=solver))(x)
+
+
+class Layers(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, v):
+        (x,) = ctx.saved_tensors
+        slope = 1 - torch.tanh(x @ V) ** 2
+        J = torch.eye(3, dtype=x.dtype) + W.T @ (slope.unsqueeze(-1) * V.T)
+        return torch.linalg.solve(J.mT, v)
+
+
+def exact_layers(x, *_):
+    return Layers.apply(x)
+
+
 def exact_numbers(x, *_):
     return torch.asinh(x)
 
 
-CASES = {"numbers": (numbers, exact_numbers), "vectors": (vectors, vector_exact)}
+CASES = {"numbers": (numbers, exact_numbers), "vectors": (vectors, vector_exact), "layers": (layers, exact_layers)}
 
 
 def leaves(batch, device="cpu"):
@@ -48,10 +98,11 @@ def gradients(function, inputs):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("batch", [1, 7, 400])
+@pytest.mark.parametrize("batch", [1, 7, 400, 3000])
 def test_nothing_waits(case, batch, monkeypatch):
     """As on a GPU: the CPU, where a look is cheap, has short cuts."""
-    monkeypatch.setattr(linear_solvers, "has_to_wait", lambda tensor: True)
+    for module in (linear_solvers, _rows):
+        monkeypatch.setattr(module, "has_to_wait", lambda tensor: True)
     function, exact = CASES[case]
     inputs = leaves(batch)
     with NoLook():
@@ -75,7 +126,7 @@ def test_an_error_needs_a_look(monkeypatch):
     """The test of this test: what is to be raised has to be known."""
     monkeypatch.setattr(linear_solvers, "has_to_wait", lambda tensor: True)
     inputs = leaves(7)
-    with NoLook(), pytest.raises(AssertionError, match="waits for a value"):
+    with pytest.raises(AssertionError, match="waits for a value"), NoLook():
         gradients(lambda *t: vectors(*t, solver="raise"), inputs)
 
 
@@ -87,7 +138,7 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_nothing_synchronises(case):
     solver = fi.LU(on_singular="nan")  # vector_g computes by NumPy
     any_y = fi.custom_inverse(lambda x, c, b: x * 1, vector_f, event_dim=1, linear_solver=solver)
-    function = {"numbers": numbers, "vectors": any_y}[case]
+    function = {"numbers": numbers, "vectors": any_y, "layers": layers}[case]
     gradients(function, leaves(64, "cuda"))  # handles of libraries are made once
     inputs = leaves(64, "cuda")
     before = torch.cuda.get_sync_debug_mode()
