@@ -99,23 +99,19 @@ class _Attachment:
         batched = self.rule.batched([d is not None for d in dims[n:]], randomness)
         return run(_Attachment(batched, self.n_y, self.n_x), led), (0,) * self.n_y
 
-    def keep(self, ctx: Any, tensors: Tensors, output: Tensors) -> None:
-        """What the derivatives will need."""
+    def keep(self, ctx: Any, tensors: Tensors, output: Tensors) -> Tensors:
         first, after = self.n_y, self.n_y + self.n_x
         ctx.rule, ctx.n_y, ctx.n_x, ctx.kept = self.rule, self.n_y, self.n_x, (None, None)
         ctx.x = [Like(t.shape, t.dtype) for t in tensors[first:after]]
         # y is saved as an output: its own dependence on x and theta gives the higher orders.
-        saved = (*output, *tensors[after:])
-        ctx.save_for_backward(*saved)
-        ctx.save_for_forward(*saved)
+        return (*output, *tensors[after:])
 
     def backward(self, ctx: Any, needed: Sequence[bool], v: Optional) -> Optional:
         """What all tensors receive."""
         return pulled_back(ctx, ctx.saved_tensors, v)[-len(needed) :]
 
-    def jvp(self, ctx: Any, tangents: Optional) -> Optional:
-        saved: list[Any] = [_torch.primal(t) for t in ctx.saved_tensors]
-        moved = [_torch.primal(t) for t in tangents[self.n_y :]]
+    def jvp(self, ctx: Any, saved: Tensors, tangents: Optional) -> Optional:
+        moved = tangents[self.n_y :]
         if all(t is None for t in moved):
             return (None,) * self.n_y
         y, theta = saved[: self.n_y], saved[self.n_y :]

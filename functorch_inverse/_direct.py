@@ -23,6 +23,7 @@ from functorch_inverse._graph import Graph, check_graph
 from functorch_inverse._inverse import InverseProblem
 from functorch_inverse._pullback import GraphPullback, Tensors, in_torch
 from functorch_inverse._rules import ImplicitRule
+from functorch_inverse._singular import has_to_wait, regular
 from functorch_inverse._solvers import iteration
 from functorch_inverse._tree import ONE_TENSOR, PLAIN, Tree
 from functorch_inverse._values import is_array, output
@@ -169,16 +170,24 @@ class _Pull(NamedTuple):
 
 def _division(graph: Graph, _: Any) -> Callable[[Tensor], Tensor]:
     """Numbers: v / f'(y), where f' takes one pass."""
+    slope = _slope(graph)
+    return lambda v: v / slope
+
+
+def _slope(graph: Graph) -> Tensor:
     y = graph.y
     ones = torch.ones_like(y) if y.numel() < _LARGE else y.new_ones(()).expand_as(y)  # no memory to go through
-    (slope,) = _torch.graph_grad((graph.output,), (y,), (ones,))
-    return lambda v: v / slope
+    return _torch.graph_grad((graph.output,), (y,), (ones,))[0]
 
 
 def _lu(graph: Graph, solver: Any) -> Callable[[Tensor], Tensor]:
     """Vectors: one factorisation of A."""
     out, y = graph.output, graph.y
     *batch, rows = out.shape
+    if rows == 1 and _torch.can_inspect(out) and not has_to_wait(out):
+        slope = _slope(graph)
+        if regular(slope):
+            return lambda v: v / slope
     chunk = chunk_of(solver.chunk_size, rows, out.numel() * rows, lambda: widest(graph.nodes))
     matrix = graph.matrix(chunk)
     if matrix is None:

@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import types
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias, cast
 
@@ -80,15 +81,15 @@ class Task(Protocol):
 class Attached(Task, Protocol):
     """A task that knows the derivatives of what it computes."""
 
-    def keep(self, ctx: Any, tensors: Tensors, output: Tensors) -> None:
-        """Save what the derivatives of one level will need."""
+    def keep(self, ctx: Any, tensors: Tensors, output: Tensors) -> Tensors:
+        """What the derivatives of one level will need: tensors to be saved, and in `ctx` the rest."""
         ...
 
     def backward(self, ctx: Any, needed: Sequence[bool], v: Optional) -> Optional:
         """What the tensors receive, where they need it."""
         ...
 
-    def jvp(self, ctx: Any, tangents: Optional) -> Optional:
+    def jvp(self, ctx: Any, saved: Tensors, tangents: Optional) -> Optional:
         """The tangents of the outputs."""
         ...
 
@@ -99,7 +100,12 @@ def run(task: Task, tensors: Tensors) -> tuple[Tensor, ...]:
     tensors, inner, dims, is_followed = _Peeled.of(tensors, top, task.has_derivative)
     if is_followed:
         itself = task.itself(tensors)
-        return followed(cast(Attached, task), top, inner, tensors) if itself is None else tuple(itself)
+        if itself is not None:
+            return tuple(itself)
+        attached = cast(Attached, task)
+        if top is None or not top.pushes or any(t.requires_grad for t, own in zip(tensors, inner, strict=True) if own is not t):
+            return followed(attached, top, inner, tensors)
+        return _pushed(attached, top, inner, tensors)
     if top is None:
         with torch.no_grad(), _torch.forward_mode(False):
             return tuple(task.values(inner))
@@ -130,6 +136,21 @@ def followed(task: Attached, top: Transform | None, inner: Tensors, tensors: Ten
         _torch.allow_single_level(before)
 
 
+def _pushed(task: Attached, top: Transform, inner: Tensors, tensors: Tensors) -> tuple[Tensor, ...]:
+    """The outputs with their tangents, which are values like any other to all that is beneath a jvp.
+
+    torch would compute them inside of it, where the saved tensors have tangents, too.
+    """
+    tangents = [_torch.tangent(t) for t in tensors]
+    given = [t if t is None or _torch.level(t) != top.level else _torch.unwrapped(t) for t in tangents]
+    with top.lowered():
+        found, ctx = run(task, inner), types.SimpleNamespace()
+        moved = task.jvp(ctx, task.keep(ctx, inner, found), given)
+    outputs, now = _wrapped(found, None, top), top.level
+    pairs = zip(outputs, moved, strict=True)
+    return tuple([out if t is None else _torch.dual(out, _torch.wrap_for_grad(t, now)) for out, t in pairs])
+
+
 class _Followed(Function):
     """A task at one level. For torch.func, torch would make such a class at every call and at every level."""
 
@@ -144,7 +165,9 @@ class _Followed(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
         task, _, _, *tensors = inputs
         ctx.task = task
-        task.keep(ctx, tensors, output)
+        saved = task.keep(ctx, tensors, output)
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -157,7 +180,8 @@ class _Followed(Function):
     @staticmethod
     def jvp(ctx: Any, _task: None, _top: None, _inner: None, *tangents: Tensor | None) -> Optional:
         with _torch.forward_mode_again():
-            return tuple(ctx.task.jvp(ctx, tangents))
+            saved, given = ([_torch.primal(t) for t in part] for part in (map(alive, ctx.saved_tensors), tangents))
+            return tuple(ctx.task.jvp(ctx, saved, given))
 
     @staticmethod
     def vmap(info: Any, in_dims: Dims, task: Task, _top: Any, _inner: Any, *tensors: Tensor) -> "tuple[Tensors, Dims]":

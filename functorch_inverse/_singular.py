@@ -7,7 +7,7 @@ from torch import Tensor
 
 from functorch_inverse.errors import SingularJacobianError
 
-__all__ = ["column_sizes", "harmless", "has_to_wait", "named", "raise_if_singular", "singular", "suspect"]
+__all__ = ["column_sizes", "harmless", "has_to_wait", "named", "raise_if_singular", "regular", "singular", "suspect"]
 
 
 # Many rounding errors make up for each other: n eps |L||U| exaggerates |E| so much that regular float32 matrices of n = 128
@@ -49,6 +49,13 @@ def harmless(matrix: Tensor, lu: Tensor) -> bool:
     if least > size * min(_needed(lu), 1) ** (1 / lu.shape[-1]):
         return True
     return not suspect(lu, size).any()
+
+
+def regular(numbers: Tensor) -> bool:
+    """Whether none of these matrices of one number is singular, or not finite."""
+    if numbers.numel() <= _FEW:
+        return all(0 < abs(number) < math.inf for number in numbers.flatten().tolist())
+    return bool((numbers.isfinite() & (numbers != 0)).all())
 
 
 # So few numbers that Python reads them faster than torch starts to look; and rows so short that a coarse bound is enough.

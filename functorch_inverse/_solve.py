@@ -9,7 +9,7 @@ where <w, A^T u> is the derivative of <u, f> along w. So A is never differentiat
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias, cast
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -80,12 +80,10 @@ class _Task:
         u = run(_Task(system, self.x, self.transpose, n, self.n_y, columns), (*b, *y, *theta))
         return u, (place,) * len(u)
 
-    def keep(self, ctx: Any, tensors: Tensors, output: Tensors) -> None:
+    def keep(self, ctx: Any, tensors: Tensors, output: Tensors) -> Tensors:
         """u and the point."""
         ctx.n_u, ctx.b_kinds = len(output), [(t.shape, t.dtype) for t in tensors[: self.n_b]]
-        saved = (*output, *tensors[self.n_b :])
-        ctx.save_for_backward(*saved)
-        ctx.save_for_forward(*saved)
+        return (*output, *tensors[self.n_b :])
 
     def backward(self, ctx: Any, needed: Sequence[bool], g: Optional) -> Optional:
         """What b and the point receive."""
@@ -103,11 +101,10 @@ class _Task:
             grads[self.n_b + i] = -t
         return grads
 
-    def jvp(self, ctx: Any, tangents: Optional) -> Optional:
+    def jvp(self, ctx: Any, saved: Tensors, tangents: Optional) -> Optional:
         """du, as b and the point move."""
-        saved = cast(list[Tensor], [_torch.primal(alive(t)) for t in ctx.saved_tensors])
         u, point = saved[: ctx.n_u], saved[ctx.n_u :]
-        given, moved = ([_torch.primal(t) for t in part] for part in (tangents[: self.n_b], tangents[self.n_b :]))
+        given, moved = tangents[: self.n_b], tangents[self.n_b :]
         if all(t is None for t in (*given, *moved)):
             return (None,) * ctx.n_u
         db = [u[0].new_zeros(s, dtype=k) if t is None else t for t, (s, k) in zip(given, ctx.b_kinds, strict=True)]

@@ -46,7 +46,7 @@ try:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     # forward_ad.unpack_dual, of which half the time goes into looking for torch.export.
-    from torch._VF import _unpack_dual
+    from torch._VF import _make_dual, _unpack_dual
 
     # A small backward pass without the checks of torch.autograd.grad, which cost as much again.
     from torch.autograd.variable import Variable
@@ -94,14 +94,14 @@ Tensors: TypeAlias = tuple[Tensor, ...]
 __all__ = [
     "GradInterpreter", "JvpInterpreter", "RandomnessType", "TransformType", "VmapInterpreter", "add_batch_dim",
     "allow_single_level", "at_current_level", "autocasts", "batch_dim", "can_inspect", "can_record", "close_vmap",
-    "derivative_order", "dispatch_modes_open", "dual_level_open", "fake_mode", "forward_levels", "forward_mode",
+    "derivative_order", "dispatch_modes_open", "dual", "dual_level_open", "fake_mode", "forward_levels", "forward_mode",
     "forward_mode_again", "forward_mode_available", "full_precision", "function_mode_active", "graph_grad", "graph_is_kept",
     "in_jvp", "interpreter_in_python", "is_legacy_batched", "is_recorded", "is_tracked", "is_wrapped", "level", "mark",
     "no_functions", "no_torch_function", "open_vmap", "peek_transform", "plain", "plain_apply", "pop_dispatch_mode",
     "pop_transform", "primal", "push_dispatch_mode", "push_transform", "recording", "remove_batch_dim",
-    "saved_tensors_have_hooks", "set_grad_enabled", "shapes_into", "single_level_allowed", "traced_derivatives_possible",
-    "traced_transforms", "transforms_active", "tree_leaves", "tree_map", "undisturbed", "unwrapped", "wrap_for_grad",
-    "wrapper",
+    "saved_tensors_have_hooks", "set_grad_enabled", "shapes_into", "single_level_allowed", "tangent",
+    "traced_derivatives_possible", "traced_transforms", "transforms_active", "tree_leaves", "tree_map", "undisturbed",
+    "unwrapped", "wrap_for_grad", "wrapper",
 ]  # fmt: skip
 
 _NO_CONTEXT = nullcontext()
@@ -261,6 +261,17 @@ def primal(tensor: Tensor | None) -> Tensor | None:
     if tensor is None or not eager_transforms.JVP_NESTING:
         return tensor
     return forward_ad.unpack_dual(tensor).primal
+
+
+def tangent(tensor: Tensor) -> Tensor | None:
+    """That of the innermost level."""
+    found: Tensor | None = _unpack_dual(tensor, level=0)[1]
+    return found
+
+
+def dual(tensor: Tensor, moved: Tensor) -> Tensor:
+    """A tensor with a tangent at the innermost level."""
+    return _make_dual(tensor, moved, level=0)
 
 
 def autocasts(tensor: Tensor) -> bool:

@@ -26,6 +26,11 @@ class Transform:
         self.maps = bool(self.kind == _VMAP)
 
     @property
+    def pushes(self) -> bool:
+        """Whether it is torch.func.jvp."""
+        return bool(self.kind == _JVP)
+
+    @property
     def functionalizes(self) -> bool:
         """Whether it is torch.func.functionalize."""
         return bool(self.kind == _FUNCTIONALIZE)

@@ -381,6 +381,36 @@ def test_iterations_take_any_cotangent(name, dtype):
         assert_close(got, solved_directly(name, y, A, kept), 1e-5 if dtype is torch.float32 else 1e-8)
 
 
+@pytest.mark.parametrize("samples", [(), (1,), (5,), (70,), (3, 40)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_vectors_of_one_number(samples, dtype, monkeypatch):
+    without_the_long_way(monkeypatch)
+    y = torch.linspace(-1, 1, 120)[: torch.Size(samples).numel()].to(dtype).reshape(*samples, 1)
+    x, v = y.clone().requires_grad_(), y.cos()
+    h = fi.custom_inverse(lambda x: y.clone(), lambda y: torch.sinh(y) + y, event_dim=1)
+    assert_close(torch.autograd.grad(h(x), x, v)[0], v / (y.cosh() + 1), 1e-5 if dtype is torch.float32 else 1e-12)
+
+
+@pytest.mark.parametrize("samples", [5, 70])
+def test_a_vector_of_one_number_may_be_singular_or_not_finite(samples):
+    y = torch.linspace(1, 2, samples, dtype=torch.float64).unsqueeze(-1)
+    scale = torch.ones_like(y)
+    scale[3], x, v = 0, y.clone().requires_grad_(), y.cos()
+
+    def pulled(scale, solver):
+        h = fi.custom_inverse(lambda x: y.clone(), lambda y: scale * y * y, event_dim=1, linear_solver=solver)
+        return torch.autograd.grad(h(x), x, v)[0]
+
+    with pytest.raises(fi.SingularJacobianError, match=rf"singular in 1 of {samples} samples \(.*: 3\)"):
+        pulled(scale, fi.LU())
+    others = torch.arange(samples) != 3
+    for bad, solver in ((0, fi.LU("nan")), (torch.nan, fi.LU()), (torch.inf, fi.LU()), (-torch.inf, fi.LU())):
+        scale[3] = bad
+        got = pulled(scale, solver)
+        assert got[3].isnan()
+        assert_close(got[others], (v / (2 * y))[others])
+
+
 @pytest.mark.parametrize("solver", [fi.GMRES(), fi.BiCGStab(), fi.NormalCG()], ids=repr)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_iterations_with_bad_numbers(solver, bad):

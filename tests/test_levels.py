@@ -112,6 +112,68 @@ def test_a_dual_number_made_by_hand_inside_jvp():
     assert_close(found, X * torch.linalg.solve(J, t[..., None])[..., 0])
 
 
+@pytest.mark.parametrize("order", [1, 2])
+def test_plain_autograd_inside_jvp(order):
+    """A tensor that is made inside with a graph of its own has it on the level that has the tangents."""
+    g = fi.invert(f, event_dim=1)
+
+    def slope(x):
+        return grad(lambda x: torch.sin(g(x)).sum())(x)
+
+    def inside(x):
+        w = torch.zeros_like(X, requires_grad=True)
+        (found,) = torch.autograd.grad(torch.sin(g(x + w)).sum(), w, create_graph=True)
+        return found if order == 1 else torch.autograd.grad(found.square().sum(), w, create_graph=True)[0]
+
+    want = slope if order == 1 else grad(lambda x: slope(x).square().sum())
+    for found, right in zip(jvp(inside, (X,), (X.cos(),)), jvp(want, (X,), (X.cos(),)), strict=True):
+        assert_close(found, right)
+
+
+def test_no_grad_inside_jvp_hides_from_what_is_outside():
+    """As for torch's own operations: the tangent is right, and reverse mode further out does not see it."""
+    g = fi.invert(f, event_dim=1)
+
+    def moved(function, x):
+        def hidden(x):
+            with torch.no_grad():
+                return function(x)
+
+        return jvp(hidden, (x,), (X.cos(),))[1].square().sum()
+
+    J = torch.eye(3, dtype=X.dtype) + 0.5 * (1 - torch.tanh(g(X) @ A.T) ** 2)[..., None] * A
+    assert_close(moved(g, X), torch.linalg.solve(J, X.cos()[..., None]).square().sum())
+    for function in (torch.sin, g):
+        assert not grad(lambda x: moved(function, x))(X).any()  # noqa: B023
+        assert not moved(function, X.clone().requires_grad_()).requires_grad
+
+
+@pytest.mark.parametrize("which", ["x", "weight", "both"])
+def test_some_tensors_have_a_tangent(which):
+    """The others are constants of the level, or of a level beneath it that follows them."""
+    g = fi.invert(lambda y, w: y + 0.5 * torch.tanh(y @ w.T), event_dim=1)
+
+    def J(y, w):
+        return torch.eye(3, dtype=X.dtype) + 0.5 * (1 - torch.tanh(y @ w.T) ** 2)[..., None] * w
+
+    def right(x, w, dx, dw):
+        y = g(x, w)
+        slope = 0.5 * (1 - torch.tanh(y @ w.T) ** 2)
+        return torch.linalg.solve(J(y, w), (dx - slope * (y @ dw.T))[..., None])[..., 0]
+
+    dx, dw = X.cos() * (which != "weight"), A.sin() * (which != "x")
+    calls = {
+        "x": lambda x, w: jvp(lambda x: g(x, w), (x,), (dx,))[1],
+        "weight": lambda x, w: jvp(lambda w: g(x, w), (w,), (dw,))[1],
+        "both": lambda x, w: jvp(g, (x, w), (dx, dw))[1],
+    }
+    assert_close(calls[which](X, A), right(X, A, dx, dw))
+    found = grad(lambda x, w: torch.sin(calls[which](x, w)).sum(), argnums=(0, 1))(X, A)
+    wanted = grad(lambda x, w: torch.sin(right(x, w, dx, dw)).sum(), argnums=(0, 1))(X, A)
+    for got, want in zip(found, wanted, strict=True):
+        assert_close(got, want, 1e-9)
+
+
 # --- what f reads besides --------------------------------------------------------------------------
 
 SPACE = "a_module_that_appears_in_a_test"
