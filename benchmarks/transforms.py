@@ -143,11 +143,11 @@ def _in_jax(p):
 
 
 def workloads(effort):
-    (b, n), (c, m) = ((2, 3), (2, 3)) if effort.tiny else ((64, 16), (64, 8))
+    jacobians, hessians = ([(2, 3)],) * 2 if effort.tiny else ([(64, 16), (1024, 32)], [(64, 8), (1024, 32)])
     for dtype in effort.dtypes:
-        for each in (True, False):
-            yield from (jacobian(mode, each, b, n, dtype) for mode in ORDERS)
-        yield from (hessian(mode, c, m, dtype) for mode in ("jvp of grad", "backward twice"))
+        yield from (jacobian(mode, True, b, n, dtype) for b, n in jacobians for mode in ORDERS)
+        yield from (jacobian(mode, False, *jacobians[0], dtype) for mode in ORDERS)
+        yield from (hessian(mode, b, n, dtype) for b, n in hessians for mode in ("jvp of grad", "backward twice"))
 
 
 def rows(effort):

@@ -48,6 +48,9 @@ try:
     # forward_ad.unpack_dual, of which half the time goes into looking for torch.export.
     from torch._VF import _make_dual, _unpack_dual
 
+    # The base of autograd.Function which knows of no transforms, and what it lacks.
+    from torch.autograd.function import _SingleLevelFunction
+
     # A small backward pass without the checks of torch.autograd.grad, which cost as much again.
     from torch.autograd.variable import Variable
 
@@ -76,6 +79,7 @@ try:
     single_level_allowed = _functorch.get_single_level_autograd_function_allowed
     allow_single_level = _functorch.set_single_level_autograd_function_allowed
     forward_mode = forward_ad._set_fwd_grad_enabled
+    _FOR_COMPILED_AUTOGRAD = {"_compiled_autograd_key": staticmethod(torch.autograd.Function._compiled_autograd_key)}
 
     # The vmap of is_grads_batched and torch.autograd.functional, which does not ask a Function for its rule: its tensors
     # have no values to show, and go one by one through an operator that it does not know.
@@ -286,5 +290,9 @@ def full_precision(tensor: Tensor) -> AbstractContextManager[None]:
 
 
 def plain_apply(function: Any) -> Any:
-    """The apply of an autograd.Function for those who look for open transforms by themselves: torch does at every call."""
-    return super(torch.autograd.Function, function).apply
+    """The apply of an autograd.Function for those who look for open transforms by themselves.
+
+    Torch does at every call, and hands over to a class of this base that it makes for one level.
+    """
+    rules = {name: rule for name, rule in vars(function).items() if isinstance(rule, staticmethod)}
+    return type(function.__name__, (_SingleLevelFunction,), rules | _FOR_COMPILED_AUTOGRAD).apply

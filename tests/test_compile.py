@@ -290,3 +290,24 @@ def check_inductor():
 
 def test_inductor():
     run_fresh(check_inductor)
+
+
+# --- compiled autograd -----------------------------------------------------------------------------
+
+
+def check_compiled_autograd():
+    """The backward pass of an eager forward is compiled: torch tells nodes apart by a key that it asks their class for."""
+    h = fi.custom_inverse(vector_exact_at_C, lambda y: vector_f(y, C, B), event_dim=1)
+    x = X.clone().requires_grad_()
+    loss = total((h(x),))
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        loss.backward()
+    assert_close((x.grad,), autograd(lambda x: (vector_exact_at_C(x),), (X,)))
+
+
+def vector_exact_at_C(x):
+    return vector_exact(x, C, B)
+
+
+def test_compiled_autograd():
+    run_fresh(check_compiled_autograd)
