@@ -655,11 +655,14 @@ def keyword(x, c):
 
 
 def lost(function, how):
-    """A trace cannot tell what a transform in it differentiates: nan there, and otherwise the error of eager."""
+    """A trace may not tell what a transform in it differentiates: nan there, and otherwise the error of eager."""
     function, x, c = globals()[function], ramp(3), torch.tensor(2.0, dtype=torch.float64)
     if how == "grad":
         gradient = torch.compile(grad(lambda c: function(x, c).sum()), fullgraph=True, backend="aot_eager")
-        assert gradient(c).isnan()
+        try:
+            assert gradient(c).isnan()
+        except Exception as error:  # newer than torch 2.13
+            assert "would be lost" in str(error)
     else:
         with pytest.raises(Exception, match="would be lost"):
             torch.compile(function, fullgraph=True, backend="aot_eager")(x.requires_grad_(), c.requires_grad_())
