@@ -99,6 +99,11 @@ class Given:
     def tensors(self) -> tuple[Tensor, ...]:
         return (*self.x_tensors, *self.arg_tensors, *self.kwarg_tensors)
 
+    def sight(self, problem: "Problem", which: int) -> Sight:
+        """What g (0) or the evidence (1) reaches by itself, and in arguments that are modules, functions or objects."""
+        others = (*self.args.others, *(() if which else self.kwargs.others))
+        return Sight(*problem.sees[which].functions, *others) if others else problem.sees[which]
+
     def call(self, g: Callable[..., Any], tensors: Tensors) -> Any:
         """g at other values of the tensors."""
         n, m = len(self.x_tensors), len(self.x_tensors) + len(self.arg_tensors)
@@ -112,13 +117,16 @@ class Given:
 def _eager(problem: Problem, given: Given) -> Tree:
     if _torch.plain() and not problem.check:
         return _evaluate(problem, given).result()
-    if live(given.kwarg_tensors):
+    if live(given.kwarg_tensors) or live(Captured.of(Sight(*given.kwargs.others)).tensors):
         _refuse_live_keyword(problem.caller)
     problem.refuse_lost(given)
-    captured = Captured.of(problem.sees[1], _wanted(given))
+    captured = Captured.of(given.sight(problem, 1), _wanted(given))
     values = _evaluate(problem, given)
+    captured = captured.after_g()
+    if captured.doubtful and problem.probes:
+        captured = captured.reading(_watched(problem, given, values, ()))
     if not captured.complete and problem.probes:
-        captured = captured.including(_watched(problem, given, values, captured))
+        captured = captured.including(_watched(problem, given, values, captured.tensors))
     if not (problem.check or live((*given.x_tensors, *given.arg_tensors, *captured.tensors))):
         return values.result()
     return values.result(problem.attach(given, values, captured))
@@ -155,9 +163,9 @@ def _wanted(given: Given) -> Callable[[Tensor], bool]:
     return lambda t: t.dtype in _HALF or is_open(t)
 
 
-def _watched(problem: Problem, given: Given, values: "Values", captured: Captured) -> list[Tensor]:
-    """What the evidence reads that the walk could not see."""
-    known = (*given.x_tensors, *given.arg_tensors, *values.tensors, *captured.tensors)
+def _watched(problem: Problem, given: Given, values: "Values", captured: Tensors) -> list[Tensor]:
+    """What the evidence reads by itself besides what is known to be captured."""
+    known = (*given.x_tensors, *given.arg_tensors, *values.tensors, *captured)
     return watch(lambda: problem.probe(given, values), known)
 
 
@@ -213,7 +221,7 @@ def merge(first: Sequence[bool], yes: Tensors, no: Tensors) -> list[Tensor]:
 
 def _evaluate(problem: Problem, given: Given) -> Values:
     tracing = torch.compiler.is_dynamo_compiling()
-    captured = Captured() if tracing else Captured.of(problem.sees[0])
+    captured = Captured() if tracing else Captured.of(given.sight(problem, 0))
     part, x = Partition.of(given.x.join(given.x_tensors), is_differentiable)
     event_dim = None if problem.rooted else problem.event_dim
     dims = event_dims(event_dim, part, x, problem.caller, "event_dim")

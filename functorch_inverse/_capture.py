@@ -16,13 +16,14 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from functorch_inverse import _torch
+from functorch_inverse._changes import Changes, Frozen, Refusing, changes, tensors_in, version
 from functorch_inverse._reach import Reach, Slots, slots_of
 from functorch_inverse._sight import Sight
 from functorch_inverse._transforms import has_history, is_live, is_open
@@ -46,27 +47,14 @@ def standing_for(tensor: Tensor) -> Tensor:
     return next((t[id(tensor)] for t in reversed(_ACTIVE.tables) if id(tensor) in t), tensor)
 
 
-def _swapped_in(slot: Tensor) -> bool:
-    """Whether a parameter's place holds something that will not be there in the backward pass."""
-    return not isinstance(slot, nn.Parameter)
-
-
-class _Frozen(NamedTuple):
-    """A parameter without derivative: its places, and how often it had been changed in place."""
-
-    slots: Slots
-    tensor: Tensor
-    version: int
-
-
 @dataclass(frozen=True, eq=False)
 class Captured:
     """Tensors that functions read by themselves, as parameters that can be given other values.
 
     Parameters and buffers are known by their place in a module, because their value changes under
     functional_call; other tensors by identity. `reach` is everything that was there, with the
-    versions of the tensors, and `frozen` are the parameters that have no derivative, to notice later what was
-    exchanged or changed in place.
+    versions of the tensors, and `frozen` are the parameters and buffers that have no derivative, to notice later
+    what was exchanged or changed in place.
     """
 
     sight: Sight | None = None
@@ -74,7 +62,7 @@ class Captured:
     loose: tuple[Tensor, ...] = ()
     reach: Reach | None = None
     versions: tuple[int, ...] = ()
-    frozen: "tuple[_Frozen, ...]" = ()
+    frozen: tuple[Frozen, ...] = ()
     # The present values, in the order in which `running` takes them.
     tensors: tuple[Tensor, ...] = ()
 
@@ -87,9 +75,9 @@ class Captured:
         with _unswapped(reach.modules):
             held = slots_of(reach.modules)
         known = {id(t) for t, _ in held}
-        flags = [wanted(t) or _swapped_in(t) for t, _ in held]
+        flags = [wanted(t) for t, _ in held]
         state = list(itertools.compress(held, flags))
-        frozen = tuple(_Frozen(slots, t, _version(t)) for (t, slots), flag in zip(held, flags, strict=True) if not flag)
+        frozen = tuple(Frozen(slots, t, version(t)) for (t, slots), flag in zip(held, flags, strict=True) if not flag)
 
         def explicit(tensor: Tensor) -> bool:
             meant = standing_for(tensor)
@@ -103,7 +91,7 @@ class Captured:
             slots=tuple(slots for _, slots in state),
             loose=loose,
             reach=reach,
-            versions=tuple(map(_version, reach.tensors)),
+            versions=tuple(map(version, reach.tensors)),
             frozen=frozen,
             tensors=(*(t for t, _ in state), *map(standing_for, loose)),
         )
@@ -125,78 +113,70 @@ class Captured:
         return len(self.tensors)
 
     def running(
-        self, values: Sequence[Tensor], given: Sequence[Tensor] = (), *, watched: bool = True
+        self, values: Sequence[Tensor], given: Sequence[Tensor] = (), *, watched: bool = True, later: bool = False
     ) -> AbstractContextManager[None]:
         """Let every function called inside read these values instead.
 
-        If `watched`, what it reads from below the level of these values and of what it was given is an error.
+        If `watched`, what it reads from below the level of these values and of what it was given is an error. `later`, after
+        the forward pass, so is what has changed since then.
         """
         if torch.compiler.is_dynamo_compiling():  # f runs in the open graph
             return nullcontext()
         watched = watched and _torch.transforms_active()
         level = min((_torch.level(t) for t in (*values, *given)), default=-1) if watched else -1
-        return self._running(values, level) if values or level > 0 else nullcontext()
+        found = self.changes() if later else None
+        return self._running(values, level, found) if values or level > 0 or found else nullcontext()
 
     @contextmanager
-    def _running(self, values: Sequence[Tensor], level: int) -> Iterator[None]:
-        n = len(self.slots)
+    def _running(self, values: Sequence[Tensor], level: int, found: Changes | None) -> Iterator[None]:
+        n, moved = len(self.slots), found.moved if found else ()
         with ExitStack() as stack:
-            if n:
-                stack.enter_context(_swapped(self.slots, values[:n]))
+            if n or moved:
+                places = (*self.slots, *[kept.slots for kept in moved])
+                stack.enter_context(_swapped(places, (*values[:n], *[kept.tensor for kept in moved])))
             if self.loose or level > 0:
                 stack.enter_context(_Substitute(self.loose, values[n:], level))
+            if found and found.suspects:
+                stack.enter_context(Refusing(found.suspects))
             yield
+
+    def changes(self) -> Changes | None:
+        """What f must not read, since it is not as it was when this was captured."""
+        if self.sight is None or self.reach is None or torch.compiler.is_dynamo_compiling():
+            return None
+        reach = self.sight.reach()
+        if any(map(has_history, self.loose)):
+            self.sight.forget()
+        as_it_was = reach is self.reach and not (self.loose or self.frozen)
+        if as_it_was and tuple(map(version, reach.tensors)) == self.versions:
+            return None
+        with _unswapped(reach.modules):
+            found = changes(self.reach, reach, self.versions, self.loose, self.frozen)
+        return found if found.suspects or found.moved else None
+
+    def after_g(self) -> "Captured":
+        """With the buffers as g has left them: it may run the same modules, which keep their statistics."""
+        return replace(self, frozen=tuple([kept.now() for kept in self.frozen])) if self.frozen else self
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether a tensor with a graph stands somewhere in an object: f may not read it, and no graph should grow by it."""
+        return any(has_history(t) and not self._is_named(t) for t in self.loose)
+
+    def _is_named(self, tensor: Tensor) -> bool:
+        return self.reach is not None and id(tensor) in self.reach.named
+
+    def reading(self, tensors: Sequence[Tensor]) -> "Captured":
+        """Without those which are not among these, that f does read."""
+        read, n = set(map(id, tensors)), len(self.slots)
+        kept = [k for k, t in enumerate(self.loose) if id(t) in read or not has_history(t) or self._is_named(t)]
+        own = [self.tensors[n + k] for k in kept]
+        return replace(self, loose=tuple([self.loose[k] for k in kept]), tensors=(*self.tensors[:n], *own))
 
     def captures_nothing_still(self) -> bool:
         """Whether what was reached has neither been changed in place nor got a derivative."""
         reached = self.reach.tensors if self.reach else ()
-        return not reached or (not any(map(is_open, reached)) and tuple(map(_version, reached)) == self.versions)
-
-    def verify(self) -> None:
-        """NoDerivativeError where the functions read something else than when this was captured."""
-        if self.sight is None or self.reach is None or torch.compiler.is_dynamo_compiling():
-            return
-        reach = self.sight.reach()
-        if reach is not self.reach:
-            _compare(self.reach, reach)
-        if any(map(has_history, self.loose)):
-            self.sight.forget()
-        if not (self.loose or self.frozen):
-            if tuple(map(_version, self.reach.tensors)) != self.versions:
-                _refuse_exchanged("changed in place")
-            return
-        captured = {id(t) for t in self.loose}
-        versions = [(t, v) for t, v in zip(self.reach.tensors, self.versions, strict=True) if id(t) not in captured]
-        if self.frozen:
-            with _unswapped(reach.modules):
-                if not all(space[name] is t for slots, t, _ in self.frozen for space, name in slots):
-                    _refuse_exchanged("exchanged")
-            versions += [(t, v) for _, t, v in self.frozen]
-        if any(_version(t) != v for t, v in versions):
-            _refuse_exchanged("changed in place")
-
-
-def _compare(then: Reach, now: Reach) -> None:
-    """NoDerivativeError where a derivative would be lost between two walks."""
-    before, after = ({id(t): t for t in (*reach.modules, *reach.tensors)} for reach in (then, now))
-    new = [found for key, found in after.items() if key not in before]
-    lost = new and not before.keys() <= after.keys()
-    if lost or any(isinstance(t, Tensor) and is_open(standing_for(t)) for t in new):
-        _refuse_exchanged("exchanged")
-
-
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was changed in place, where torch counts it."""
-    return 0 if tensor.is_inference() or _torch.is_wrapped(tensor) else tensor._version
-
-
-def _refuse_exchanged(what: str) -> None:
-    raise NoDerivativeError(
-        f"a tensor or module that f closes over was {what} between the forward pass and the derivative, which would then "
-        "be wrong or lost. Leave what f reads as it is until then; better, hand it over as an argument: g(x, tensor) "
-        "with f(y, tensor)."
-    )
-
+        return not reached or (not any(map(is_open, reached)) and tuple(map(version, reached)) == self.versions)
 
 # A module's parameters are swapped in place: two threads must not do so at once, and none may take what another
 # thread put there for the parameters themselves.
@@ -228,10 +208,6 @@ def _swapped(slots: Sequence[Slots], values: Sequence[Tensor]) -> Iterator[None]
                 space[name] = tensor
 
 
-def _tensors_in(*trees: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in _torch.tree_leaves(trees) if isinstance(leaf, Tensor))
-
-
 class _Substitute(TorchFunctionMode):
     """Hand other tensors to every torch function in place of the captured ones.
 
@@ -257,7 +233,7 @@ class _Substitute(TorchFunctionMode):
             args, kwargs = [self._meant(arg) for arg in args], {key: self._meant(arg) for key, arg in (kwargs or {}).items()}
         if self.level <= 0 or func.__name__ == "__get__":
             return func(*args, **(kwargs or {}))
-        for tensor in _tensors_in(args, kwargs):
+        for tensor in tensors_in(args, kwargs):
             # -2 is a level that f itself opened and closed again.
             if -2 < _torch.level(tensor) < self.level and id(tensor) not in self.made and is_live(tensor):
                 raise NoDerivativeError(
@@ -266,7 +242,7 @@ class _Substitute(TorchFunctionMode):
                 )
         result = func(*args, **(kwargs or {}))
         # What f computes from constants may be wrapped at any open level.
-        self.made.update((id(t), t) for t in _tensors_in(result) if _torch.level(t) < self.level)
+        self.made.update((id(t), t) for t in tensors_in(result) if _torch.level(t) < self.level)
         return result
 
     def _meant(self, arg: Any) -> Any:
@@ -284,11 +260,11 @@ class _Watch(TorchFunctionMode):
         self.read: dict[int, Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in _tensors_in(args, kwargs):
+        for tensor in tensors_in(args, kwargs):
             if id(tensor) not in self.made and is_open(tensor):
                 self.read[id(tensor)] = tensor
         result = func(*args, **(kwargs or {}))
-        self.made.update((id(t), t) for t in _tensors_in(result))
+        self.made.update((id(t), t) for t in tensors_in(result))
         return result
 
 

@@ -48,7 +48,7 @@ def solve_inverse(problem: InverseProblem, x: Tree, args: tuple[Tree, ...], kwar
         return solve(problem, x, args, kwargs)
     inner, seen = _seen(problem, 0).captured, _seen(problem, 1) if grad else _NOTHING
     outer = seen.captured
-    if not outer.complete:
+    if not outer.complete or (outer.loose and outer.doubtful):
         return solve(problem, x, args, kwargs)
     live = grad and any(map(_has_graph, (*given, *outer.tensors)))
     plain = [t.detach() for t in (*given, *inner.tensors)]
@@ -61,7 +61,11 @@ def solve_inverse(problem: InverseProblem, x: Tree, args: tuple[Tree, ...], kwar
     y = output(result, x, plain) if is_array(result) else None
     if y is None or y.shape != x.shape or y.dtype is not x.dtype:
         return solve(replace(problem, g=_Returned(result)), x, args, {})
-    return _attached(_way(problem, y, x, args, seen), y, x, args) if live else y
+    if not live:
+        return y
+    if outer.frozen:
+        seen = _Seen(outer.after_g(), {})
+    return _attached(_way(problem, y, x, args, seen), y, x, args)
 
 
 def _is_plain(leaf: Any) -> bool:
@@ -156,7 +160,9 @@ class _Way:
         """f, which reads its captured tensors from theta."""
         if self.captured.tensors:
             return in_torch(self.equation.f, (y,), theta)[0]
-        self.captured.verify()
+        if self.captured.changes() is not None:
+            with self.captured.running((), later=True):
+                return in_torch(self.evidence, y, *theta)
         return in_torch(self.f if y.nbytes >= SMALL else self.evidence, y, *theta)
 
 

@@ -42,8 +42,7 @@ class Evidence:
         n = len(self.args.places)
         m = len(theta) - self.captured.count
         everything = self.y.join(merge(self.differentiable, y, theta[n:m]))
-        self.captured.verify()
-        with self.captured.running(theta[m:], (*y, *theta), watched=not self.by_graph):
+        with self.captured.running(theta[m:], (*y, *theta), watched=not self.by_graph, later=True):
             try:
                 result = self.f(everything, *self.args.join(theta[:n]))
             except RuntimeError as error:

@@ -93,7 +93,7 @@ class JacobianProblem(Problem):
 
     def refuse_lost(self, given: Given) -> None:
         """Only x has a known derivative."""
-        closures = Captured.of(Sight(self.g, self.evidence)).tensors
+        closures = Captured.of(Sight(self.g, self.evidence, *given.args.others)).tensors
         for tensors, where in ((given.arg_tensors, "an argument outside `argnums`"), (closures, "what fn closes over")):
             if live(tensors):
                 self._refuse(where)
@@ -212,8 +212,7 @@ class _Matrix:
 
     def _evaluate(self, theta: Tensors) -> Any:
         n, m = len(self.x.places), len(theta) - self.captured.count
-        self.captured.verify()
-        with self.captured.running(theta[m:]):
+        with self.captured.running(theta[m:], later=True):
             return self.problem.evidence(self.x.join(theta[:n]), *self.args.join(theta[n:m]))
 
     def _blocks(self, jacobian: Tree, batch: Sequence[int]) -> list[list[Tensor]]:

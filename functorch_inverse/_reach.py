@@ -4,6 +4,7 @@ The walk follows references as the garbage collector sees them, and globals by t
 mentions. Where it meets something that it cannot look into, it says so.
 """
 
+import dis
 import functools
 import gc
 import operator
@@ -63,6 +64,9 @@ class Reach:
     tensors: list[Tensor] = field(default_factory=list)
     complete: bool = True
     trail: "_Trail | None" = None
+    # What Python functions read by name in their closures and globals: numbers, and ids of tensors.
+    numbers: dict[str, Any] = field(default_factory=dict)
+    named: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, *functions: Any) -> "Reach":
@@ -79,6 +83,9 @@ class Reach:
                 break
             queue.extend(walk.inside(found))
         reach.trail = walk.end()
+        named = [part for fn in functions if isinstance(fn, types.FunctionType) for part in _named(fn)]
+        reach.numbers = {name: value for name, value in named if type(value) in (int, float, complex)}
+        reach.named = frozenset([id(value) for _, value in named if isinstance(value, Tensor)])
         return reach
 
 
@@ -200,6 +207,8 @@ class _Walk:
     def _namespace(self, module: types.ModuleType) -> list[Any]:
         if _in_library(module.__name__):
             return []
+        if "__getattr__" in vars(module):  # finds what is not there
+            self.reach.complete = False
         self.spaces.append(module)
         return list(self._attributes(module, self.names))
 
@@ -236,6 +245,19 @@ class _Walk:
         if kind.__module__ == "_thread" and kind.__name__ == "_local":
             return list(vars(found).values())
         return None
+
+
+def _named(fn: types.FunctionType) -> list[tuple[str, Any]]:
+    """What a function reads by name, and the names."""
+    cells = zip(fn.__code__.co_freevars, map(_content, fn.__closure__ or ()), strict=True)
+    return [*cells, *[(name, fn.__globals__.get(name)) for name in _globals_read(fn.__code__)]]
+
+
+@functools.lru_cache(maxsize=4096)
+def _globals_read(code: types.CodeType) -> tuple[str, ...]:
+    inner = [name for const in code.co_consts if isinstance(const, types.CodeType) for name in _globals_read(const)]
+    own = [step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
+    return tuple(dict.fromkeys((*own, *inner)))
 
 
 def _content(cell: types.CellType) -> Any:

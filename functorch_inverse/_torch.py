@@ -295,4 +295,5 @@ def plain_apply(function: Any) -> Any:
     Torch does at every call, and hands over to a class of this base that it makes for one level.
     """
     rules = {name: rule for name, rule in vars(function).items() if isinstance(rule, staticmethod)}
-    return type(function.__name__, (_SingleLevelFunction,), rules | _FOR_COMPILED_AUTOGRAD).apply
+    twin: Any = type(function.__name__, (_SingleLevelFunction,), rules | _FOR_COMPILED_AUTOGRAD)
+    return twin.apply

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
 import optree
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,9 @@ def is_number(leaf: Any) -> bool:
     return isinstance(leaf, Tensor | int | float | complex)
 
 
+_DATA = (type(None), bool, int, float, complex, str, bytes, Tensor, np.generic, np.ndarray, torch.dtype, torch.device)
+
+
 @dataclass(frozen=True, eq=False)
 class Partition:
     """A tree taken apart into chosen tensors and a mould that holds everything else."""
@@ -58,6 +62,11 @@ class Partition:
     places: tuple[int, ...]
     # A tuple of tensors, and nothing else.
     flat: bool = False
+
+    @property
+    def others(self) -> list[Any]:
+        """Leaves that are neither chosen nor data: modules, functions, objects."""
+        return [leaf for leaf in self.mould if not isinstance(leaf, _DATA)]
 
     @classmethod
     def of(cls, tree: Tree, chosen: Any = lambda leaf: isinstance(leaf, Tensor)) -> "tuple[Partition, tuple[Tensor, ...]]":

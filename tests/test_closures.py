@@ -761,16 +761,18 @@ def test_a_frozen_parameter_under_functional_call_after_another_call(event_dim):
 
 
 @pytest.mark.parametrize("event_dim", [0, 1, None])
-@pytest.mark.parametrize("change", ["in place", "another"])
-def test_a_frozen_parameter_changed_after_the_forward_is_an_error(event_dim, change):
+def test_a_frozen_parameter_changed_after_the_forward(event_dim):
+    """In place it is an error; another one in its place has no part in this y."""
     module, g, f = frozen()
     x = X.clone().requires_grad_()
-    y = fi.custom_inverse(g, f, event_dim=event_dim)(x)
-    if change == "in place":
-        module.weight.mul_(3)
-    else:
-        module.weight = torch.nn.Parameter(3 * module.weight, requires_grad=False)
-    with pytest.raises(fi.NoDerivativeError, match=r"changed in place|exchanged"):
+    h = fi.custom_inverse(g, f, event_dim=event_dim)
+    y, want = h(x), torch.autograd.grad((torch.asinh(x) / 2).sum(), x)
+    mine, module.weight = module.weight, torch.nn.Parameter(3 * module.weight, requires_grad=False)
+    assert_close(torch.autograd.grad(y.sum(), x, create_graph=True), want)
+    module.weight = mine
+    y = h(x)
+    module.weight.mul_(3)
+    with pytest.raises(fi.NoDerivativeError, match="changed in place"):
         torch.autograd.grad(y.sum(), x)
 
 

@@ -1,0 +1,104 @@
+"""What f reads by itself, and what has changed there between the forward pass and the derivative.
+
+A bound method reaches all of its object, where others count steps, keep a warm start or normalise batches. So a change is
+a suspicion, and an error only where f reads what was changed: the derivative would be that of another f, or lost.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from functorch_inverse import _torch
+from functorch_inverse._reach import Reach, Slots, slots_of
+from functorch_inverse._transforms import is_open
+from functorch_inverse.errors import NoDerivativeError
+
+__all__ = ["Changes", "Frozen", "Refusing", "changes", "tensors_in", "version"]
+
+
+class Frozen(NamedTuple):
+    """A parameter or buffer without derivative: its places, and how often it had been changed in place."""
+
+    slots: Slots
+    tensor: Tensor
+    version: int
+
+    @property
+    def moved(self) -> bool:
+        """Whether something else has its place now."""
+        return any(space.get(name) is not self.tensor for space, name in self.slots)
+
+    def now(self) -> "Frozen":
+        """As it is at present."""
+        space, name = self.slots[0]
+        tensor = space.get(name)
+        return self if tensor is None else Frozen(self.slots, tensor, version(tensor))
+
+
+class Changes(NamedTuple):
+    """What f must not read, with what happened to it; and what has to be put back first."""
+
+    suspects: dict[int, tuple[Tensor, str]]
+    moved: Sequence[Frozen]
+
+
+def changes(then: Reach, now: Reach, versions: Sequence[int], known: Sequence[Tensor], frozen: Sequence[Frozen]) -> Changes:
+    """Between two walks, the first with the `versions` of its tensors; changes of `known` ones show by themselves."""
+    if then.numbers != now.numbers:
+        name = next(name for name, value in then.numbers.items() if now.numbers.get(name) != value)
+        _refuse(f"the number `{name}`", "exchanged")
+    suspects: dict[int, tuple[Tensor, str]] = {}
+    if now is not then:
+        before, after = ({id(t): t for t in (*reach.modules, *reach.tensors)} for reach in (then, now))
+        new = [found for key, found in after.items() if key not in before]
+        lost = not before.keys() <= after.keys()
+        tensors = [found for found in new if isinstance(found, Tensor)]
+        if lost:  # what is new may stand in the place of it
+            tensors += [t for t, _ in slots_of(found for found in new if not isinstance(found, Tensor))]
+        suspects.update((id(t), (t, "exchanged")) for t in tensors if lost or is_open(t))
+    captured = set(map(id, known))
+    seen = [*zip(then.tensors, versions, strict=True), *[(t, number) for _, t, number in frozen]]
+    suspects.update((id(t), (t, "changed in place")) for t, number in seen if id(t) not in captured and version(t) != number)
+    return Changes(suspects, [kept for kept in frozen if kept.moved])
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place, where torch counts it."""
+    return 0 if tensor.is_inference() or _torch.is_wrapped(tensor) else tensor._version
+
+
+class Refusing(TorchFunctionMode):
+    """NoDerivativeError where a function inside reads a suspect."""
+
+    def __init__(self, suspects: dict[int, tuple[Tensor, str]]) -> None:
+        super().__init__()
+        self.suspects = suspects
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {})) if func.__name__ == "__get__" else None
+        if func.__name__ != "__get__" or isinstance(result, Tensor):  # a shape or a dtype is no value
+            for tensor in tensors_in(args, kwargs):
+                _, what = self.suspects.get(id(_plain(tensor)), (None, None))
+                if what is not None:
+                    _refuse(f"a tensor of shape {tuple(tensor.shape)}", what)
+        return result if func.__name__ == "__get__" else func(*args, **(kwargs or {}))
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    while _torch.is_wrapped(tensor):
+        tensor = _torch.unwrapped(tensor)
+    return tensor
+
+
+def tensors_in(*trees: Any) -> Iterator[Tensor]:
+    """The tensors in some trees."""
+    return (leaf for leaf in _torch.tree_leaves(trees) if isinstance(leaf, Tensor))
+
+
+def _refuse(which: str, what: str) -> NoReturn:
+    raise NoDerivativeError(
+        f"{which} that f closes over was {what} between the forward pass and the derivative, which would then be wrong or "
+        "lost. Leave what f reads as it is until then; better, hand it over as an argument: g(x, tensor) with f(y, tensor)."
+    )

@@ -1,0 +1,356 @@
+"""What f can reach and does not read may change between forward and backward; what it reads may not."""
+
+import threading
+
+import pytest
+import torch
+from helpers import assert_close
+from torch import nn
+from torch.func import functional_call, grad, jacrev, jvp, vmap
+
+import functorch_inverse as fi
+
+X = torch.tensor([[0.5, -1.0, 2.0], [0.3, 0.1, -0.4]], dtype=torch.float64)
+W = torch.tensor([[2.0, 0.3, 0.0], [0.1, 1.8, 0.2], [-0.4, 0.0, 2.2]], dtype=torch.float64)
+
+
+def exact(x, w=W):
+    return torch.linalg.solve(w, torch.asinh(x).unsqueeze(-1)).squeeze(-1)
+
+
+class Layer(nn.Module):
+    """f is a method, so it reaches everything in here."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.W = nn.Parameter(W.clone())
+        self.bn = nn.BatchNorm1d(3, dtype=torch.float64)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.held, self.seen, self.scale = None, [], 1.0
+        self.h = fi.custom_inverse(self.g, self.f, **({"event_dim": 1} | options))
+
+    def g(self, x):
+        return exact(x, self.W)
+
+    def f(self, y):
+        return torch.sinh(y @ self.W.mT)
+
+    def forward(self, x):
+        return self.h(x)
+
+
+def derivatives(layer, y, x):
+    return torch.autograd.grad(y.sin().sum(), (x, layer.W), create_graph=True)
+
+
+def right(layer, x):
+    return torch.autograd.grad(exact(x, layer.W).sin().sum(), (x, layer.W), create_graph=True)
+
+
+def normalised(layer, x):
+    layer.bn(x.detach())
+    y = layer.h(x)
+    layer.bn(y.detach())
+    return y
+
+
+def counted(layer, x):
+    y = layer.h(x)
+    layer.steps += 1
+    return y
+
+
+def remembered(layer, x):
+    layer.held = layer.h(x)
+    layer.held.sum().backward(retain_graph=True)
+    return layer.held
+
+
+def remembered_without_graph(layer, x):
+    y = layer.h(x)
+    layer.held = y.detach()
+    return y
+
+
+def listed(layer, x):
+    y = layer.h(x)
+    layer.seen.append(y.sum())
+    return y
+
+
+def scaled(layer, x):
+    y = layer.h(x)
+    layer.scale *= 0.5
+    return y
+
+
+USES = [normalised, counted, remembered, remembered_without_graph, listed, scaled]
+
+
+@pytest.mark.parametrize("event_dim", [1, None])
+@pytest.mark.parametrize("use", USES)
+def test_what_f_does_not_read_may_change(use, event_dim):
+    """Again and again, to second order, for x and the parameter."""
+    layer, x = Layer(event_dim=event_dim), X.clone().requires_grad_()
+    for _ in range(3):
+        first, want = derivatives(layer, use(layer, x), x), right(layer, x)
+        assert_close(first, want)
+        second, wanted = (torch.autograd.grad(sum(t.sin().sum() for t in part), (x, layer.W)) for part in (first, want))
+        assert_close(second, wanted)
+
+
+@pytest.mark.parametrize("use", [remembered, remembered_without_graph, listed, scaled])
+def test_what_f_does_not_read_may_change_under_transforms(use):
+    layer = Layer()
+
+    def number(x):
+        if use is remembered:
+            layer.held = layer.h(x)
+            return layer.held.sin().sum()
+        return use(layer, x).sin().sum()
+
+    for _ in range(2):
+        assert_close(grad(number)(X), right(layer, X.clone().requires_grad_())[0])
+        moved = jvp(number, (X,), (X.cos(),))[1]
+        assert_close(moved, (right(layer, X.clone().requires_grad_())[0] * X.cos()).sum())
+    layer.held = None
+    layer.seen.clear()
+    assert_close(vmap(jacrev(layer))(X), vmap(jacrev(exact))(X))
+
+
+def test_a_graph_in_an_object_does_not_grow():
+    """y of the last call stands in the object; its graph is used up, and f does not read it."""
+    layer, x = Layer(), X.clone().requires_grad_()
+    for _ in range(3):
+        layer.held = layer.h(x)
+        layer.held.sin().sum().backward()
+    assert_close(x.grad, 3 * right(layer, x)[0])
+
+
+def test_a_tensor_with_a_graph_in_an_object_is_followed_where_f_reads_it():
+    c = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64, requires_grad=True)
+
+    class Holder:
+        def f(self, y):
+            return torch.sinh(self.c * y)
+
+    holder, x = Holder(), X.clone().requires_grad_()
+    holder.c = c.exp()
+    h = fi.custom_inverse(lambda x: torch.asinh(x) / c.detach().exp(), holder.f, event_dim=1)
+    want = torch.autograd.grad((torch.asinh(x) / c.exp()).sin().sum(), (x, c))
+    assert_close(torch.autograd.grad(h(x).sin().sum(), (x, c)), want)
+
+
+def test_a_warm_start():
+    class Deq(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.V = nn.Parameter(W / 10)
+            self.start = None
+            self.h = fi.custom_fixed_point(self.solve, self.step, event_dim=1)
+
+        def step(self, y, x):
+            return torch.tanh(y @ self.V.mT + x)
+
+        def solve(self, x):
+            y = torch.zeros_like(x) if self.start is None else self.start
+            for _ in range(60):
+                y = self.step(y, x)
+            self.start = y
+            return y
+
+    deq = Deq()
+    want = None
+    for _ in range(3):
+        y = deq.h(X)
+        (got,) = torch.autograd.grad(y.sin().sum(), deq.V)
+        z, V = torch.zeros_like(X), deq.V.detach().clone().requires_grad_()
+        for _ in range(80):
+            z = torch.tanh(z @ V.mT + X)
+        want = torch.autograd.grad(z.sin().sum(), V)[0] if want is None else want
+        assert_close(got, want)
+
+
+READS = {
+    "steps": lambda self, y: self.steps * y.sinh(),
+    "a view": lambda self, y: self.held.data * y.sinh(),
+    "held": lambda self, y: self.held * y.sinh(),
+    "in vmap": lambda self, y: vmap(lambda c, y: c * y.sinh(), (0, -1), -1)(self.held, y),
+    "item": lambda self, y: self.held[0].item() * y.sinh(),
+}
+
+
+@pytest.mark.parametrize("event_dim", [0, 1])
+@pytest.mark.parametrize("how", ["in place", "exchanged"])
+@pytest.mark.parametrize("name", READS)
+def test_what_f_reads_must_not_change(name, how, event_dim):
+    layer = Layer(event_dim=event_dim)
+    layer.held, layer.steps = torch.full((3,), 2.0, dtype=torch.float64), torch.tensor(2)
+    h = fi.custom_inverse(lambda x: torch.asinh(x / 2), lambda y: READS[name](layer, y), event_dim=event_dim)
+    x = X.clone().requires_grad_()
+    (got,) = torch.autograd.grad(h(x).sum(), x)
+    assert_close(got, 1 / (2 * (1 + x * x / 4).sqrt()))
+    y = h(x)
+    if how == "in place":
+        layer.held += 1
+        layer.steps += 1
+    else:
+        layer.held = layer.held + 1
+        del layer.steps
+        layer.steps = torch.tensor(3)
+    with pytest.raises(fi.NoDerivativeError, match=rf"changed in place|{how}"):
+        torch.autograd.grad(y.sum(), x)
+
+
+def test_shapes_of_what_has_changed_may_be_read():
+    held = torch.ones(2, 3, dtype=torch.float64)
+    h = fi.custom_inverse(lambda x: torch.asinh(x / 6), lambda y: held.shape[0] * held.size(1) * y.sinh(), event_dim=0)
+    x = X.clone().requires_grad_()
+    assert_close(torch.autograd.grad(h(x).sum(), x)[0], 1 / (6 * (1 + x * x / 36).sqrt()))
+    y = h(x)
+    held += 1
+    with pytest.raises(fi.NoDerivativeError, match="changed in place"):  # size is a function like others
+        torch.autograd.grad(y.sum(), x)
+    h = fi.custom_inverse(lambda x: torch.asinh(x / 6), lambda y: held.shape[0] * held.ndim * 1.5 * y.sinh(), event_dim=0)
+    y = h(x)
+    held += 1
+    assert_close(torch.autograd.grad(y.sum(), x)[0], 1 / (6 * (1 + x * x / 36).sqrt()))
+
+
+# --- numbers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("event_dim", [0, 1])
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_number_in_a_closure_that_changes_is_an_error(event_dim, order):
+    """The loop variable of a closure is read when the backward comes."""
+    x, total = X.clone().requires_grad_(), 0.0
+    h = fi.custom_inverse(lambda x: torch.asinh(x) / c, lambda y: torch.sinh(c * y), event_dim=event_dim)
+    for c in (1.0, 2.0, 3.0):  # noqa: B007
+        total = total + h(x).sum()
+    with pytest.raises(fi.NoDerivativeError, match=r"the number `c` .* exchanged"):
+        torch.autograd.grad(total, x, create_graph=order == 2)
+
+
+def test_a_number_that_stays():
+    x, want = X.clone().requires_grad_(), 0.0
+    total = 0.0
+    for c in (1.0, 2.0, 3.0):
+        h = fi.custom_inverse(lambda x, c=c: torch.asinh(x) / c, lambda y, c=c: torch.sinh(c * y), event_dim=0)
+        total = total + h(x).sum()
+        want = want + (torch.asinh(x) / c).sum()
+    assert_close(torch.autograd.grad(total, x)[0], torch.autograd.grad(want, x)[0])
+
+
+step = 0
+
+
+class Steps:
+    step = 2.0
+
+
+def test_a_global_of_the_name_of_an_attribute_may_change():
+    global step
+    x, held = X.clone().requires_grad_(), Steps()
+    y = fi.custom_inverse(lambda x: torch.asinh(x) / 2, lambda y: torch.sinh(held.step * y), event_dim=0)(x)
+    step += 1
+    assert_close(torch.autograd.grad(y.sum(), x)[0], 0.5 / (1 + x * x).sqrt())
+
+
+# --- arguments that are modules and functions ------------------------------------------------------
+
+
+def linear():
+    net = nn.Linear(3, 3, dtype=torch.float64)
+    net.weight.data = W.clone()
+    return net
+
+
+def solved(x, net):
+    return torch.linalg.solve(net.weight, (x - net.bias).mT).mT
+
+
+RULES = {
+    "inverse": lambda x, net: fi.custom_inverse(solved, lambda y, n: n(y), event_dim=1)(x, net),
+    "inverse of all": lambda x, net: fi.custom_inverse(solved, lambda y, n: n(y))(x, net),
+    "root": lambda x, net: fi.custom_root(solved, lambda y, x, n: n(y) - x, event_dim=1)(x, net),
+    "fixed point": lambda x, net: fi.custom_fixed_point(solved, lambda y, x, n: y - 0.3 * (n(y) - x), event_dim=1)(x, net),
+    "invert": lambda x, net: fi.invert(lambda y, n: n(y), event_dim=1)(x, net),
+    "function": lambda x, net: fi.custom_inverse(solved_by, lambda y, n: n(y), event_dim=1)(x, lambda y: net(y)),
+}
+
+
+def solved_by(x, function):
+    c = function(torch.zeros(3, dtype=x.dtype))
+    A = torch.stack([function(e) - c for e in torch.eye(3, dtype=x.dtype)], -1)
+    return torch.linalg.solve(A, (x - c).mT).mT
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["x is plain", "x is live"])
+@pytest.mark.parametrize("name", RULES)
+def test_a_module_as_argument_gets_its_derivative(name, live):
+    net, x = linear(), X.clone().requires_grad_(live)
+    leaves = (*net.parameters(), *([x] if live else []))
+    got = torch.autograd.grad(RULES[name](x, net).sin().sum(), leaves, create_graph=True)
+    want = torch.autograd.grad(solved(x, net).sin().sum(), leaves, create_graph=True)
+    assert_close(got, want, 1e-8)
+    twice, wanted = (torch.autograd.grad(sum(t.sin().sum() for t in part), leaves) for part in (got, want))
+    assert_close(twice, wanted, 1e-7)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_module_as_argument_under_functional_call(name):
+    net = linear()
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return RULES[name](x, self.net)
+
+    outer = Outer()
+    given = {f"net.{k}": v.detach() for k, v in net.named_parameters()}
+    got = grad(lambda p: functional_call(outer, p, (X,)).sin().sum())(given)
+    want = grad(lambda p: torch.linalg.solve(p["net.weight"], (X - p["net.bias"]).mT).mT.sin().sum())(given)
+    assert_close(tuple(got.values()), tuple(want.values()), 1e-8)
+
+
+@pytest.mark.parametrize("call", [
+    lambda x, net: fi.custom_jacobian(lambda x, n: n(x), lambda x, n: n.weight.expand(*x.shape, 3), event_dim=1)(x, net),
+    lambda x, net: fi.finite_difference(lambda x, n: n(x), event_dim=1)(x, net),
+    lambda x, net: fi.custom_inverse(lambda x, n: solved(x, n), lambda y: y @ W.mT, event_dim=1)(x, n=net),
+], ids=["custom_jacobian", "finite_difference", "keyword"])  # fmt: skip
+@pytest.mark.parametrize("live", [False, True], ids=["x is plain", "x is live"])
+def test_a_module_whose_derivative_would_be_lost_is_an_error(call, live):
+    net, x = linear(), X.clone().requires_grad_(live)
+    with pytest.raises(fi.NoDerivativeError, match="lost"):
+        call(x, net)
+    net.requires_grad_(False)
+    assert call(x, net).requires_grad == live
+
+
+# --- at the same time ------------------------------------------------------------------------------
+
+
+def test_threads_that_change_what_f_does_not_read():
+    layer, wrong = Layer(), []
+    want = right(layer, X.clone().requires_grad_())[0]
+
+    def work():
+        x = X.clone().requires_grad_()
+        for _ in range(20):
+            y = layer.h(x)
+            layer.steps += 1
+            layer.held = y.detach()
+            (got,) = torch.autograd.grad(y.sin().sum(), x)
+            wrong.append((got - want).abs().max().item() > 1e-9)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(wrong) == 60
+    assert not any(wrong)
