@@ -128,10 +128,12 @@ def followed(task: Attached, top: Transform | None, inner: Tensors, tensors: Ten
     """The outputs, with their derivatives for the innermost transform, or for plain autograd."""
     if top is None:
         return _apply(task, None, (), *tensors)
+    # What a tensor of a lower level has of tangents and graphs is that level's: here it is a constant.
+    here = [_torch.wrap_for_grad(t, top.level) if t is below else t for t, below in zip(tensors, inner, strict=True)]
     before = _torch.single_level_allowed()
     _torch.allow_single_level(True)
     try:
-        return _apply(task, top, inner, *tensors)
+        return _apply(task, top, inner, *here)
     finally:
         _torch.allow_single_level(before)
 

@@ -130,6 +130,46 @@ def test_plain_autograd_inside_jvp(order):
         assert_close(found, right)
 
 
+C = torch.tensor([0.8, 1.3, 0.6], dtype=torch.float64)
+STRETCH = 3 * torch.eye(3, dtype=torch.float64) + A
+
+
+def exact(x, c):
+    return torch.asinh(torch.linalg.inv(STRETCH) @ x) / c
+
+
+stretched = fi.custom_inverse(exact, lambda y, c: torch.sinh(c * y) @ STRETCH.T, event_dim=1)
+
+
+@pytest.mark.parametrize("first", ["x", "c"])
+def test_nested_jvp_over_different_arguments(first):
+    """Each level has the tangents of one argument, and the other one is a constant of the level that is not its own."""
+
+    def twice(h):
+        if first == "x":
+            return jvp(lambda x: jvp(lambda c: h(x, c), (C,), (C.cos(),)), (X[0],), (X[1],))
+        return jvp(lambda c: jvp(lambda x: h(x, c), (X[0],), (X[1],)), (C,), (C.cos(),))
+
+    assert_close(twice(stretched), twice(exact))
+
+
+@pytest.mark.parametrize("first", ["x", "c"])
+def test_plain_autograd_inside_nested_jvp_over_different_arguments(first):
+    """A tensor of a lower level brings no tangents to the level that has the graph."""
+
+    def slope(h, x, c):
+        w = torch.zeros_like(X[0], requires_grad=True)
+        y = h(x, c + w) if first == "x" else h(x + w, c)
+        return torch.autograd.grad(torch.sin(y).sum(), w, create_graph=True)[0]
+
+    def twice(h):
+        if first == "x":
+            return jvp(lambda x: jvp(lambda c: slope(h, x, c), (C,), (C.cos(),)), (X[0],), (X[1],))
+        return jvp(lambda c: jvp(lambda x: slope(h, x, c), (X[0],), (X[1],)), (C,), (C.cos(),))
+
+    assert_close(twice(stretched), twice(exact))
+
+
 def test_no_grad_inside_jvp_hides_from_what_is_outside():
     """As for torch's own operations: the tangent is right, and reverse mode further out does not see it."""
     g = fi.invert(f, event_dim=1)
