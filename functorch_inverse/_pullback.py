@@ -159,7 +159,7 @@ class _RecordedPullback(GraphPullback):
             leaves[i] = own_node(theta[i])
         self.theta = [leaves[i] for i in wanted]
         self.outputs = _evaluate(f, self.y, leaves)
-        check_graph(self.outputs, self.y, self.theta)
+        check_graph(self.outputs, self.y, leaves)
 
     def _run(self, outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return torch.autograd.grad(outputs, inputs, grads, create_graph=True, materialize_grads=True)

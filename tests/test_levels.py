@@ -246,6 +246,45 @@ def test_a_live_tensor_that_appears_after_the_call_is_an_error(held, mapped, gra
         torch.autograd.grad(y.sum(), x, create_graph=grad_enabled)
 
 
+# A pullback that is called when the transform that it comes from is closed.
+OUTSIDE = {
+    "vmap": lambda h, x, c: vjp(lambda x: vmap(h)(x[None], c[None])[0], x)[1](X.cos())[0],
+    "jvp": lambda h, x, c: vjp(lambda x: jvp(lambda x: h(x, c), (x,), (X.sin(),))[1], x)[1](X.cos())[0],
+    "jvp of both": lambda h, x, c: vjp(lambda x: jvp(h, (x, c), (X.sin(), X.cos()))[1], x)[1](X.cos())[0],
+    "vjp": lambda h, x, c: vjp(lambda x: vjp(lambda x: h(x, c), x)[1](X.cos())[0], x)[1](X.cos())[0],
+    "jacfwd": lambda h, x, c: jacrev(jacfwd(h), chunk_size=1)(x[0], c[0]),
+}
+
+
+@pytest.mark.parametrize("stack", OUTSIDE.values(), ids=OUTSIDE)
+@pytest.mark.parametrize("event_dim", [0, 1])
+@pytest.mark.parametrize("made", ["leaf", "computed"])
+def test_an_argument_with_a_graph_further_out(stack, event_dim, made):
+    """Nothing is lost: it is no argument of the pullback, and its own derivative is that of all operations."""
+    h = fi.custom_inverse(lambda x, c: torch.asinh(x) / c, lambda y, c: torch.sinh(c * y), event_dim=event_dim)
+    x, c = X.clone().requires_grad_(), (X.sin() + 2).requires_grad_()
+
+    def derivatives(h):
+        moved = stack(h, x, c * 1 if made == "computed" else c)
+        return torch.autograd.grad(torch.sin(moved).sum(), (x, c))
+
+    assert_close(derivatives(h), derivatives(h.__wrapped__))
+
+
+@pytest.mark.parametrize("event_dim", [0, 1])
+def test_a_live_tensor_that_appears_before_a_pullback_is_called_is_an_error(held, event_dim):
+    c = (X.sin() + 2).requires_grad_()
+
+    def f(y, c):
+        return torch.sinh(c * y) * (sys.modules["_".join(["a", "module", "that", "appears", "in", "a", "test"])].c * 2)
+
+    h = fi.custom_inverse(lambda x, c: torch.asinh(x) / c, f, event_dim=event_dim)
+    _, pull = vjp(lambda x: vjp(lambda x: vmap(h)(x, c), x)[1](X)[0], X.clone())
+    held.c = held.c.clone().requires_grad_()
+    with pytest.raises(fi.NoDerivativeError, match="derivative would"):
+        pull(X.cos())
+
+
 @pytest.mark.parametrize("mapped", MAPPED.values(), ids=MAPPED)
 def test_what_appears_without_derivative_is_read(held, mapped):
     x = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
