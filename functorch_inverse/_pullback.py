@@ -14,6 +14,7 @@ from functorch_inverse import _torch
 from functorch_inverse._chunks import nodes_below, rooted, widest
 from functorch_inverse._composed import Function, Tensors, dependent, leveled, own_node, pullback_to_theta
 from functorch_inverse._graph import Graph, check_graph, refuse_constant, walk
+from functorch_inverse._hooks import unhooked
 from functorch_inverse.errors import NoDerivativeError
 
 __all__ = ["Function", "GraphPullback", "Pullback", "Tensors", "in_torch", "seen_by_graph"]
@@ -173,7 +174,7 @@ class _OpenPullback(GraphPullback):
     def __init__(self, f: Function, y: Tensors) -> None:
         # A node of its own, so that what else f reads may depend on y too.
         self.theta, self.transposed = [], None
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), unhooked():
             y = [t.clone() if t.is_inference() else t for t in y]
             self.y = [own_node(t) for t in y]
             self.outputs = _evaluate(f, self.y, ())
@@ -200,7 +201,8 @@ class _FuncPullback(Pullback):
 
     def __init__(self, f: Function, y: Tensors, theta: Tensors, wanted: Sequence[int]) -> None:
         self.roots: list[Any] = []
-        self.outputs, self.to_y_ = torch.func.vjp(lambda *y: rooted(_evaluate(f, y, leveled(theta)), self.roots), *y)
+        with unhooked():  # torch.func.vjp knows no hooks
+            self.outputs, self.to_y_ = torch.func.vjp(lambda *y: rooted(_evaluate(f, y, leveled(theta)), self.roots), *y)
         self.f, self.y, self.theta, self.wanted = f, y, theta, wanted
         self.push_: Callable[..., Any] | None = None
 
