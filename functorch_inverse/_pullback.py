@@ -79,8 +79,8 @@ class GraphPullback(Pullback):
     nodes: Sequence[Any] | None = None  # the graph, where no other is built upon it
 
     def __init__(self, f: Function, y: Tensors, theta: Tensors, wanted: Sequence[int]) -> None:
-        self.y = [t.detach().requires_grad_() for t in y]
-        leaves = [t.detach() for t in theta]
+        self.y = [_leaf(t).requires_grad_() for t in y]
+        leaves = [_leaf(t) for t in theta]
         self.theta = [leaves[i].requires_grad_() for i in wanted]
         self.point = [*self.y, *leaves]
         with torch.enable_grad():
@@ -219,6 +219,11 @@ class _FuncPullback(Pullback):
 
     def to_theta(self, cotangents: Tensors) -> tuple[Tensor, ...]:
         return pullback_to_theta(self.f, self.y, self.theta, self.wanted, cotangents)
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    """Its values; those of inference mode can be saved in no graph."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 def seen_by_graph(f: Function) -> Function:

@@ -80,6 +80,21 @@ def test_transforms_in_inference_mode(nesting, rule, event_dim):
     assert_close(found, nesting(lambda a: scaled(a, B), A))
 
 
+@every_nesting
+@every_rule
+@every_event_dim
+@pytest.mark.parametrize("which", ["a", "b"])
+def test_transforms_with_inference_tensors_beside(nesting, rule, event_dim, which):
+    """What is saved of them is what torch's own operations save: something that can be."""
+
+    def calls(h, a, b):
+        return nesting(lambda t: h(t, b) if which == "a" else h(a, t), (a if which == "a" else b).detach().clone())
+
+    with torch.inference_mode():
+        found = calls(rule(event_dim), A + 0, B + 0)
+    assert_close(found, calls(scaled, A, B))
+
+
 @every_problem
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_around_everything(problem, dtype):
