@@ -20,6 +20,7 @@ from functorch_inverse._capture import Captured
 from functorch_inverse._chunks import chunk_of, jacobian, widest
 from functorch_inverse._deferred import SMALL, Deferred, ForGraph
 from functorch_inverse._graph import Graph, check_graph
+from functorch_inverse._hooks import unhooked
 from functorch_inverse._inverse import InverseProblem
 from functorch_inverse._pullback import GraphPullback, Tensors, in_torch
 from functorch_inverse._rules import ImplicitRule
@@ -250,24 +251,29 @@ class _Short(Function):
     def backward(ctx: Any, v: Tensor | None) -> tuple[Tensor | None, ...]:
         if v is None:
             return (None,) * len(ctx.needs_input_grad)
-        saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[5:]
-        # Where there have been other derivatives, their factors serve this one.
-        if ctx.rule is not None or not _torch.plain() or _torch.autocasts(v):
-            return _generally(ctx, saved, v)
-        kept = ctx.kept  # once: another thread may be at it
-        pull = kept[1] if kept is not None and kept[0] == wanted else ctx.way.pull(saved[0], saved[1:], wanted)
-        if pull is None:
-            return _generally(ctx, saved, v)
-        # The factors serve the next backward of this node, and go with the graph.
-        ctx.kept = (wanted, pull) if _torch.graph_is_kept() else None
-        u = pull.solve(v)
-        if not pull.chosen:
-            return None, None, None, None, u, *[None] * len(wanted)
-        received = iter(_torch.graph_grad((pull.output,), pull.chosen, (-u,)))
-        return None, None, None, None, u, *[next(received) if flag else None for flag in wanted]
+        with unhooked():
+            return _pulled(ctx, ctx.saved_tensors, v)
 
 
 _apply = _torch.plain_apply(_Short)
+
+
+def _pulled(ctx: Any, saved: Tensors, v: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = ctx.needs_input_grad[5:]
+    # Where there have been other derivatives, their factors serve this one.
+    if ctx.rule is not None or not _torch.plain() or _torch.autocasts(v):
+        return _generally(ctx, saved, v)
+    kept = ctx.kept  # once: another thread may be at it
+    pull = kept[1] if kept is not None and kept[0] == wanted else ctx.way.pull(saved[0], saved[1:], wanted)
+    if pull is None:
+        return _generally(ctx, saved, v)
+    # The factors serve the next backward of this node, and go with the graph.
+    ctx.kept = (wanted, pull) if _torch.graph_is_kept() else None
+    u = pull.solve(v)
+    if not pull.chosen:
+        return None, None, None, None, u, *[None] * len(wanted)
+    received = iter(_torch.graph_grad((pull.output,), pull.chosen, (-u,)))
+    return None, None, None, None, u, *[next(received) if flag else None for flag in wanted]
 
 
 def _generally(ctx: Any, saved: Tensors, v: Tensor) -> tuple[Tensor | None, ...]:

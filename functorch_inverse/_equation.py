@@ -1,15 +1,13 @@
 """f(y) = x for a batch of samples, as an equation between real vectors."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from functorch_inverse import _torch
 from functorch_inverse._chunks import jacobian
+from functorch_inverse._hooks import unhooked
 from functorch_inverse._pullback import Function, Pullback, Tensors
 from functorch_inverse._vectors import Layout, real_dtype
 from functorch_inverse.errors import StructureError
@@ -65,7 +63,7 @@ class Equation:
             return Point(self, tuple(self._values(leaves, self.theta)), None)
         if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
             _refuse_export(self.caller)
-        with _own_saved_tensors():
+        with unhooked():
             pullback = Pullback.of_values(self._values, leaves, self.theta)
         return Point(self, pullback.outputs, pullback)
 
@@ -109,17 +107,6 @@ class Point:
             return eq.inputs.pack(self.pullback.to_y(cotangents), eq.batch)
 
         return jacobian(pull, eq.batch, eq.outputs.size, eq.x).to(eq.x.dtype)
-
-
-def _own_saved_tensors() -> AbstractContextManager[Any]:
-    """A graph made inside saves plain tensors, whatever hooks (of checkpoint, say) are set."""
-    if torch.compiler.is_dynamo_compiling() or not _torch.saved_tensors_have_hooks():
-        return nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(_same, _same)
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def largest(vectors: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch.autograd import Function
 from torch.overrides import handle_torch_function
 
 from functorch_inverse import _torch
+from functorch_inverse._hooks import unhooked
 from functorch_inverse._transforms import Transform, alive, follows, innermost
 
 __all__ = ["Attached", "Dims", "Task", "announced", "followed", "memory_of", "run", "signed", "sink"]
@@ -128,10 +129,12 @@ def followed(task: Attached, top: Transform | None, inner: Tensors, tensors: Ten
     """The outputs, with their derivatives for the innermost transform, or for plain autograd."""
     if top is None:
         return _apply(task, None, (), *tensors)
+    # What a tensor of a lower level has of tangents and graphs is that level's: here it is a constant.
+    here = [_torch.wrap_for_grad(t, top.level) if t is below else t for t, below in zip(tensors, inner, strict=True)]
     before = _torch.single_level_allowed()
     _torch.allow_single_level(True)
     try:
-        return _apply(task, top, inner, *tensors)
+        return _apply(task, top, inner, *here)
     finally:
         _torch.allow_single_level(before)
 
@@ -145,7 +148,8 @@ def _pushed(task: Attached, top: Transform, inner: Tensors, tensors: Tensors) ->
     given = [t if t is None or _torch.level(t) != top.level else _torch.unwrapped(t) for t in tangents]
     with top.lowered():
         found, ctx = run(task, inner), types.SimpleNamespace()
-        moved = task.jvp(ctx, task.keep(ctx, inner, found), given)
+        with unhooked():
+            moved = task.jvp(ctx, task.keep(ctx, inner, found), given)
     outputs, now = _wrapped(found, None, top), top.level
     pairs = zip(outputs, moved, strict=True)
     return tuple([out if t is None else _torch.dual(out, _torch.wrap_for_grad(t, now)) for out, t in pairs])
@@ -175,11 +179,12 @@ class _Followed(Function):
         needed = ctx.needs_input_grad[3:]
         if all(c is None for c in v):
             return (None,) * len(ctx.needs_input_grad)
-        return (None, None, None, *ctx.task.backward(ctx, needed, v))
+        with unhooked():
+            return (None, None, None, *ctx.task.backward(ctx, needed, v))
 
     @staticmethod
     def jvp(ctx: Any, _task: None, _top: None, _inner: None, *tangents: Tensor | None) -> Optional:
-        with _torch.forward_mode_again():
+        with _torch.forward_mode_again(), unhooked():
             saved, given = ([_torch.primal(t) for t in part] for part in (map(alive, ctx.saved_tensors), tangents))
             return tuple(ctx.task.jvp(ctx, saved, given))
 

@@ -101,8 +101,8 @@ class Linearised:
     def graph(self, of_theta: Sequence[int]) -> GraphPullback:
         """f at plain values, to be differentiated in y and, if in any theta at all, in all of them."""
         A = self.A
-        assert isinstance(A.pullback, GraphPullback)
-        if not of_theta:
+        # What was found in inference mode has no graph, and serves a backward pass, where there can be one.
+        if not of_theta and isinstance(A.pullback, GraphPullback):
             return A.pullback
         if self.complete is None:
             floating = [i for i, t in enumerate(A.theta) if t.is_floating_point() or t.is_complex()]

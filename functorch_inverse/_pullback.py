@@ -14,6 +14,7 @@ from functorch_inverse import _torch
 from functorch_inverse._chunks import nodes_below, rooted, widest
 from functorch_inverse._composed import Function, Tensors, dependent, leveled, own_node, pullback_to_theta
 from functorch_inverse._graph import Graph, check_graph, refuse_constant, walk
+from functorch_inverse._hooks import unhooked
 from functorch_inverse.errors import NoDerivativeError
 
 __all__ = ["Function", "GraphPullback", "Pullback", "Tensors", "in_torch", "seen_by_graph"]
@@ -78,8 +79,8 @@ class GraphPullback(Pullback):
     nodes: Sequence[Any] | None = None  # the graph, where no other is built upon it
 
     def __init__(self, f: Function, y: Tensors, theta: Tensors, wanted: Sequence[int]) -> None:
-        self.y = [t.detach().requires_grad_() for t in y]
-        leaves = [t.detach() for t in theta]
+        self.y = [_leaf(t).requires_grad_() for t in y]
+        leaves = [_leaf(t) for t in theta]
         self.theta = [leaves[i].requires_grad_() for i in wanted]
         self.point = [*self.y, *leaves]
         with torch.enable_grad():
@@ -159,7 +160,7 @@ class _RecordedPullback(GraphPullback):
             leaves[i] = own_node(theta[i])
         self.theta = [leaves[i] for i in wanted]
         self.outputs = _evaluate(f, self.y, leaves)
-        check_graph(self.outputs, self.y, self.theta)
+        check_graph(self.outputs, self.y, leaves)
 
     def _run(self, outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return torch.autograd.grad(outputs, inputs, grads, create_graph=True, materialize_grads=True)
@@ -173,7 +174,7 @@ class _OpenPullback(GraphPullback):
     def __init__(self, f: Function, y: Tensors) -> None:
         # A node of its own, so that what else f reads may depend on y too.
         self.theta, self.transposed = [], None
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), unhooked():
             y = [t.clone() if t.is_inference() else t for t in y]
             self.y = [own_node(t) for t in y]
             self.outputs = _evaluate(f, self.y, ())
@@ -200,7 +201,8 @@ class _FuncPullback(Pullback):
 
     def __init__(self, f: Function, y: Tensors, theta: Tensors, wanted: Sequence[int]) -> None:
         self.roots: list[Any] = []
-        self.outputs, self.to_y_ = torch.func.vjp(lambda *y: rooted(_evaluate(f, y, leveled(theta)), self.roots), *y)
+        with unhooked():  # torch.func.vjp knows no hooks
+            self.outputs, self.to_y_ = torch.func.vjp(lambda *y: rooted(_evaluate(f, y, leveled(theta)), self.roots), *y)
         self.f, self.y, self.theta, self.wanted = f, y, theta, wanted
         self.push_: Callable[..., Any] | None = None
 
@@ -217,6 +219,11 @@ class _FuncPullback(Pullback):
 
     def to_theta(self, cotangents: Tensors) -> tuple[Tensor, ...]:
         return pullback_to_theta(self.f, self.y, self.theta, self.wanted, cotangents)
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    """Its values; those of inference mode can be saved in no graph."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 def seen_by_graph(f: Function) -> Function:

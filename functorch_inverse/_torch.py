@@ -35,8 +35,10 @@ try:
     # Whether another backward pass through the same graph may come.
     from torch._C._autograd import _get_current_graph_task_keep_graph as graph_is_kept
 
-    # Saved-tensor hooks belong to the user's graph, not to one that is made and used up inside a forward.
-    from torch._C._autograd import _saved_tensors_hooks_is_enabled as saved_tensors_have_hooks  # type: ignore[attr-defined]
+    # Saved-tensor hooks, which belong to the user's graph, not to one that is made and used up inside.
+    from torch._C._autograd import _pop_saved_tensors_default_hooks as pop_hooks
+    from torch._C._autograd import _push_saved_tensors_default_hooks as push_hooks
+    from torch._C._autograd import _top_saved_tensors_default_hooks as top_hooks
 
     # The level of torch.func.jvp: nested forward mode is wrong without the mend below.
     from torch._functorch import eager_transforms
@@ -61,8 +63,8 @@ try:
     set_grad_enabled: Any = _set_grad_enabled  # a context manager costs five times as much
     push_dispatch_mode: Any = _push_on_torch_dispatch_stack  # takes anything that dispatches
     _run_backward: Any = Variable._execution_engine.run_backward
-    is_wrapped = _functorch.is_functorch_wrapped_tensor
-    add_batch_dim, wrap_for_grad = _functorch._add_batch_dim, _functorch._wrap_for_grad
+    is_wrapped, wrap_for_grad = _functorch.is_functorch_wrapped_tensor, _functorch._wrap_for_grad
+    add_batch_dim, remove_batch_dim = _functorch._add_batch_dim, _functorch._remove_batch_dim
     # The transform that wraps a tensor, counted from the outermost; -1 for a plain one, -2 where it is closed.
     level = _functorch.maybe_get_level
     unwrapped, batch_dim = _functorch.get_unwrapped, _functorch.maybe_get_bdim
@@ -71,7 +73,6 @@ try:
         _functorch.peek_interpreter_stack, _functorch.pop_dynamic_layer_stack, _functorch.push_dynamic_layer_stack,
     )  # fmt: skip
     open_vmap, close_vmap = _functorch._vmap_increment_nesting, _functorch._vmap_decrement_nesting
-    remove_batch_dim = _functorch._remove_batch_dim
     RandomnessType = _functorch.RandomnessType
     TransformType, VmapInterpreter = _functorch.TransformType, _functorch.CVmapInterpreterPtr
     GradInterpreter, JvpInterpreter = _functorch.CGradInterpreterPtr, _functorch.CJvpInterpreterPtr
@@ -102,8 +103,8 @@ __all__ = [
     "forward_mode_again", "forward_mode_available", "full_precision", "function_mode_active", "graph_grad", "graph_is_kept",
     "in_jvp", "interpreter_in_python", "is_legacy_batched", "is_recorded", "is_tracked", "is_wrapped", "level", "mark",
     "no_functions", "no_torch_function", "open_vmap", "peek_transform", "plain", "plain_apply", "pop_dispatch_mode",
-    "pop_transform", "primal", "push_dispatch_mode", "push_transform", "recording", "remove_batch_dim",
-    "saved_tensors_have_hooks", "set_grad_enabled", "shapes_into", "single_level_allowed", "tangent",
+    "pop_hooks", "pop_transform", "primal", "push_dispatch_mode", "push_hooks", "push_transform", "recording",
+    "remove_batch_dim", "set_grad_enabled", "shapes_into", "single_level_allowed", "tangent", "top_hooks",
     "traced_derivatives_possible", "traced_transforms", "transforms_active", "tree_leaves", "tree_map", "undisturbed",
     "unwrapped", "wrap_for_grad", "wrapper",
 ]  # fmt: skip

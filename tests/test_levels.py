@@ -130,6 +130,46 @@ def test_plain_autograd_inside_jvp(order):
         assert_close(found, right)
 
 
+C = torch.tensor([0.8, 1.3, 0.6], dtype=torch.float64)
+STRETCH = 3 * torch.eye(3, dtype=torch.float64) + A
+
+
+def exact(x, c):
+    return torch.asinh(torch.linalg.inv(STRETCH) @ x) / c
+
+
+stretched = fi.custom_inverse(exact, lambda y, c: torch.sinh(c * y) @ STRETCH.T, event_dim=1)
+
+
+@pytest.mark.parametrize("first", ["x", "c"])
+def test_nested_jvp_over_different_arguments(first):
+    """Each level has the tangents of one argument, and the other one is a constant of the level that is not its own."""
+
+    def twice(h):
+        if first == "x":
+            return jvp(lambda x: jvp(lambda c: h(x, c), (C,), (C.cos(),)), (X[0],), (X[1],))
+        return jvp(lambda c: jvp(lambda x: h(x, c), (X[0],), (X[1],)), (C,), (C.cos(),))
+
+    assert_close(twice(stretched), twice(exact))
+
+
+@pytest.mark.parametrize("first", ["x", "c"])
+def test_plain_autograd_inside_nested_jvp_over_different_arguments(first):
+    """A tensor of a lower level brings no tangents to the level that has the graph."""
+
+    def slope(h, x, c):
+        w = torch.zeros_like(X[0], requires_grad=True)
+        y = h(x, c + w) if first == "x" else h(x + w, c)
+        return torch.autograd.grad(torch.sin(y).sum(), w, create_graph=True)[0]
+
+    def twice(h):
+        if first == "x":
+            return jvp(lambda x: jvp(lambda c: slope(h, x, c), (C,), (C.cos(),)), (X[0],), (X[1],))
+        return jvp(lambda c: jvp(lambda x: slope(h, x, c), (X[0],), (X[1],)), (C,), (C.cos(),))
+
+    assert_close(twice(stretched), twice(exact))
+
+
 def test_no_grad_inside_jvp_hides_from_what_is_outside():
     """As for torch's own operations: the tangent is right, and reverse mode further out does not see it."""
     g = fi.invert(f, event_dim=1)
@@ -204,6 +244,45 @@ def test_a_live_tensor_that_appears_after_the_call_is_an_error(held, mapped, gra
     held.c = held.c.clone().requires_grad_()
     with pytest.raises(fi.NoDerivativeError, match="derivative would"):
         torch.autograd.grad(y.sum(), x, create_graph=grad_enabled)
+
+
+# A pullback that is called when the transform that it comes from is closed.
+OUTSIDE = {
+    "vmap": lambda h, x, c: vjp(lambda x: vmap(h)(x[None], c[None])[0], x)[1](X.cos())[0],
+    "jvp": lambda h, x, c: vjp(lambda x: jvp(lambda x: h(x, c), (x,), (X.sin(),))[1], x)[1](X.cos())[0],
+    "jvp of both": lambda h, x, c: vjp(lambda x: jvp(h, (x, c), (X.sin(), X.cos()))[1], x)[1](X.cos())[0],
+    "vjp": lambda h, x, c: vjp(lambda x: vjp(lambda x: h(x, c), x)[1](X.cos())[0], x)[1](X.cos())[0],
+    "jacfwd": lambda h, x, c: jacrev(jacfwd(h), chunk_size=1)(x[0], c[0]),
+}
+
+
+@pytest.mark.parametrize("stack", OUTSIDE.values(), ids=OUTSIDE)
+@pytest.mark.parametrize("event_dim", [0, 1])
+@pytest.mark.parametrize("made", ["leaf", "computed"])
+def test_an_argument_with_a_graph_further_out(stack, event_dim, made):
+    """Nothing is lost: it is no argument of the pullback, and its own derivative is that of all operations."""
+    h = fi.custom_inverse(lambda x, c: torch.asinh(x) / c, lambda y, c: torch.sinh(c * y), event_dim=event_dim)
+    x, c = X.clone().requires_grad_(), (X.sin() + 2).requires_grad_()
+
+    def derivatives(h):
+        moved = stack(h, x, c * 1 if made == "computed" else c)
+        return torch.autograd.grad(torch.sin(moved).sum(), (x, c))
+
+    assert_close(derivatives(h), derivatives(h.__wrapped__))
+
+
+@pytest.mark.parametrize("event_dim", [0, 1])
+def test_a_live_tensor_that_appears_before_a_pullback_is_called_is_an_error(held, event_dim):
+    c = (X.sin() + 2).requires_grad_()
+
+    def f(y, c):
+        return torch.sinh(c * y) * (sys.modules["_".join(["a", "module", "that", "appears", "in", "a", "test"])].c * 2)
+
+    h = fi.custom_inverse(lambda x, c: torch.asinh(x) / c, f, event_dim=event_dim)
+    _, pull = vjp(lambda x: vjp(lambda x: vmap(h)(x, c), x)[1](X)[0], X.clone())
+    held.c = held.c.clone().requires_grad_()
+    with pytest.raises(fi.NoDerivativeError, match="derivative would"):
+        pull(X.cos())
 
 
 @pytest.mark.parametrize("mapped", MAPPED.values(), ids=MAPPED)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import RELATIVE_ERROR, assert_close, assert_close_to_exact, every_problem, live, loss, some_problems, total
+from torch.func import hessian, jacrev, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import functorch_inverse as fi
@@ -40,6 +41,58 @@ def test_inference_tensors_as_inputs(problem):
         return h(*made)
 
     assert_close_to_exact(transform, problem)
+
+
+def pulled(function, x):
+    return vjp(function, x)[1](x.cos())[0]
+
+
+NESTED = {
+    "vjp(vjp)": lambda h, x: pulled(lambda x: pulled(h, x), x),
+    "vjp(vjp(vjp))": lambda h, x: pulled(lambda x: pulled(lambda x: pulled(h, x), x), x),
+    "vjp(jvp)": lambda h, x: pulled(lambda x: jvp(h, (x,), (x,))[1], x),
+    "jvp(vjp)": lambda h, x: jvp(lambda x: pulled(h, x), (x,), (x,)),
+    "vmap(jacrev(jacrev))": lambda h, x: vmap(jacrev(jacrev(h)))(x[None]),
+    "hessian": lambda h, x: hessian(lambda x: h(x).sum())(x),
+}
+every_nesting = pytest.mark.parametrize("nesting", NESTED.values(), ids=NESTED)
+A, B = (torch.tensor(t, dtype=torch.float64) for t in ([0.3, -0.7], [0.8, 1.3]))
+RULES = {
+    "inverse": lambda dim: fi.custom_inverse(scaled, lambda y, b: torch.sinh(b * y), event_dim=dim),
+    "root": lambda dim: fi.custom_root(scaled, lambda y, a, b: torch.sinh(b * y) - a, event_dim=dim),
+}
+every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+every_event_dim = pytest.mark.parametrize("event_dim", [0, 1, None])
+
+
+def scaled(a, b):
+    return torch.asinh(a) / b
+
+
+@every_nesting
+@every_rule
+@every_event_dim
+def test_transforms_in_inference_mode(nesting, rule, event_dim):
+    """What was found where there is no graph serves backward passes, where there is one."""
+    h = rule(event_dim)
+    with torch.inference_mode():
+        found = nesting(lambda a: h(a, B), A)
+    assert_close(found, nesting(lambda a: scaled(a, B), A))
+
+
+@every_nesting
+@every_rule
+@every_event_dim
+@pytest.mark.parametrize("which", ["a", "b"])
+def test_transforms_with_inference_tensors_beside(nesting, rule, event_dim, which):
+    """What is saved of them is what torch's own operations save: something that can be."""
+
+    def calls(h, a, b):
+        return nesting(lambda t: h(t, b) if which == "a" else h(a, t), (a if which == "a" else b).detach().clone())
+
+    with torch.inference_mode():
+        found = calls(rule(event_dim), A + 0, B + 0)
+    assert_close(found, calls(scaled, A, B))
 
 
 @every_problem
