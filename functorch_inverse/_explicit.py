@@ -208,7 +208,7 @@ class _Matrix:
                     f"`{caller}`: `{name}` of the Jacobian returned {arrived} where {(*batch, *event)} is needed: dx to dy, "
                     "and for the transpose dy to dx, each with the batch dims of y."
                 )
-        return moved
+        return tuple([leaf.clone() for leaf in moved])  # it may be what was given, which somebody else may change
 
     def _evaluate(self, theta: Tensors) -> Any:
         n, m = len(self.x.places), len(theta) - self.captured.count

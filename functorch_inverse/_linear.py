@@ -127,7 +127,10 @@ class Linearised:
         source, target = (A.inputs, A.outputs) if transpose else (A.outputs, A.inputs)
         packed = source.pack(b, (*b[0].shape[:columns], *A.batch)).to(A.dtype)
         one = functools.partial(factors.solve, transpose=transpose)
-        return target.unpack(one(packed) if getattr(factors, "takes_columns", False) else each_column(one, columns, packed))
+        if getattr(factors, "takes_columns", False):
+            return target.unpack(one(packed))
+        # Whoever wrote the solver may change what is given, or give it back.
+        return target.unpack(each_column(one, columns, packed.clone()))
 
     def to_theta(self, u: Tensors) -> tuple[Tensor, ...]:
         """C^T u."""

@@ -87,7 +87,7 @@ class _Callable:
         return u
 
     def _solved(self, system: System, b: Tensor) -> Tensor:
-        u = self.function(system.mv, b)
+        u = self.function(system.mv, b.clone())  # which may be changed, or given back
         if not isinstance(u, Tensor) or u.shape != b.shape or u.dtype != b.dtype:
             arrived = f"{u.dtype} of shape {tuple(u.shape)}" if isinstance(u, Tensor) else type(u).__name__
             raise StructureError(

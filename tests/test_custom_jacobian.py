@@ -672,3 +672,70 @@ def lost(function, how):
 @pytest.mark.parametrize("function", ["outside", "closure_of_fn", "keyword"])
 def test_compile_loses_nothing(function, how):
     run_fresh(lost, function, how)
+
+
+# --- whose memory it is ----------------------------------------------------------------------------
+
+
+class Handed:
+    """The Jacobian of x -> (x + 1, x - 1), or of x -> x + 1: it hands on what it is given."""
+
+    def __init__(self, *, twice: bool) -> None:
+        self.twice = twice
+
+    def mv(self, v):
+        return (v, v.view_as(v)) if self.twice else v
+
+    @property
+    def T(self):
+        return self if not self.twice else _Sum()
+
+
+class _Sum:
+    def mv(self, v):
+        return v[0] + v[1]
+
+
+POINT, DIRECTION = (torch.tensor(t, dtype=torch.float64) for t in ([0.3, -0.7], [1.0, 2.0]))
+
+
+def by_dual_numbers(function, x, v):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(x, v))).tangent
+
+
+PUSHED = {
+    "jvp": lambda h, x, v: jvp(h, (x,), (v,))[1],
+    "vmap(jvp)": lambda h, x, v: vmap(lambda x, v: jvp(h, (x,), (v,))[1])(x[None], v[None])[0],
+    "jvp(vmap)": lambda h, x, v: jvp(vmap(h), (x[None],), (v[None],))[1][0],
+    "dual numbers": by_dual_numbers,
+}
+every_push = pytest.mark.parametrize("push", PUSHED.values(), ids=PUSHED)
+
+
+@every_push
+@pytest.mark.parametrize("event_dim", [None, 1])
+def test_a_tangent_that_the_operator_hands_on_is_a_copy(push, event_dim):
+    h, v = custom_jacobian(lambda x: x + 1, lambda x: Handed(twice=False), event_dim=event_dim), DIRECTION.clone()
+    assert_close(push(lambda z: h(z).mul_(3) + z, POINT, v), 4 * DIRECTION)
+    assert torch.equal(v, DIRECTION)
+
+
+@every_push
+def test_two_outputs_have_a_tangent_each(push):
+    h, v = custom_jacobian(lambda x: (x + 1, x - 1), lambda x: Handed(twice=True), event_dim=1), DIRECTION.clone()
+
+    def changed(z):
+        first, second = h(z)
+        return first.mul_(3) + 10 * second + 100 * z
+
+    assert_close(push(changed, POINT, v), 113 * DIRECTION)
+    assert torch.equal(v, DIRECTION)
+
+
+def test_a_cotangent_that_the_operator_hands_on_is_a_copy():
+    h, v = custom_jacobian(lambda x: x + 1, lambda x: Handed(twice=False)), DIRECTION.clone()
+    x = POINT.clone().requires_grad_()
+    for received in (vjp(h, POINT)[1](v)[0], torch.autograd.grad(h(x), x, v)[0]):
+        received.mul_(3)
+    assert torch.equal(v, DIRECTION)

@@ -48,13 +48,14 @@ def test_forward_and_backward_inside(problem, hook):
 
 @some_problems
 @every_hook
-def test_second_derivative_inside(problem, hook):
+@pytest.mark.parametrize("number", [2, 3])
+def test_higher_derivatives_inside(problem, hook, number):
     """Plain autograd differentiates the backward pass; torch.func's reverse mode would not support hooks."""
 
     def transform(h, inputs):
         inputs = live(inputs)
         with HOOKS[hook]():
-            return order(2, loss(h)(*inputs), inputs)
+            return order(number, loss(h)(*inputs), inputs)
 
     assert_close_to_exact(transform, problem)
 

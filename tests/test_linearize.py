@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from helpers import assert_close_to_exact, every_batchable_problem, every_problem, tangents, with_batch
-from torch.func import linearize, vmap
+from helpers import assert_close, assert_close_to_exact, every_batchable_problem, every_problem, tangents, with_batch
+from torch.func import grad, linearize, vmap
+
+import functorch_inverse as fi
 
 
 def transform(h, inputs):
@@ -34,3 +36,10 @@ def test_replayed_for_many_tangents(problem, count):
         return vmap(push)(*(torch.stack([t * k for k in range(1, count + 1)]) for t in tangents(inputs)))
 
     assert_close_to_exact(many, problem)
+
+
+def test_of_grad():
+    """Of jacrev torch 2.13 makes a constant, whatever the function is."""
+    h, x = fi.custom_inverse(torch.asinh, torch.sinh, event_dim=1), torch.tensor([0.3, -0.7], dtype=torch.float64)
+    _, push = linearize(grad(lambda x: h(x).sum()), x)
+    assert_close(push(x.cos()), -x * (1 + x**2) ** -1.5 * x.cos())

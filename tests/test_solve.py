@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 from helpers import assert_close
-from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import functorch_inverse as fi
 from functorch_inverse._levels import memory_of
@@ -320,3 +320,46 @@ def test_a_live_parameter_beneath_a_jacobian():
         return torch.autograd.grad(J.sin().sum(), W)
 
     assert_close(derivative(custom()), derivative(g))
+
+
+class Handing:
+    """Factors of the unit matrix."""
+
+    def solve(self, b, *, transpose=False):
+        return b
+
+
+class Overwriting:
+    def solve(self, b, *, transpose=False):
+        return b.mul_(1)
+
+
+class Unit:
+    def __init__(self, factors, *, exact):
+        self.factors, self.exact = factors, exact
+
+    def factorise(self, operator):
+        return self.factors()
+
+
+UNIT = {
+    "exact": Unit(Handing, exact=True),
+    "not exact": Unit(Handing, exact=False),
+    "in place": Unit(Overwriting, exact=True),
+    "callable": lambda mv, b: b,
+    "callable in place": lambda mv, b: b.mul_(1),
+}
+
+
+@pytest.mark.parametrize("solver", UNIT.values(), ids=UNIT)
+def test_a_solver_that_hands_back_what_it_was_given(solver):
+    """Tangents and cotangents belong to whoever gave them."""
+    h = fi.custom_inverse(lambda x: x + 1, lambda y: y - 1, event_dim=1, linear_solver=solver)
+    x, v = (torch.tensor(t, dtype=torch.float64) for t in ([0.3, -0.7], [1.0, 2.0]))
+    given = v.clone()
+    assert_close(jvp(lambda z: h(z).mul_(3) + z, (x,), (given,))[1], 4 * v)
+    vjp(h, x)[1](given)[0].mul_(3)
+    leaf = x.clone().requires_grad_()
+    torch.autograd.grad(h(leaf), leaf, given)[0].mul_(3)
+    assert torch.equal(given, v)
+    assert given._version == 0
