@@ -22,6 +22,7 @@ from functorch_inverse._deferred import SMALL, Deferred, ForGraph
 from functorch_inverse._graph import Graph, check_graph
 from functorch_inverse._inverse import InverseProblem
 from functorch_inverse._pullback import GraphPullback, Tensors, in_torch
+from functorch_inverse._reach import Opaque
 from functorch_inverse._rules import ImplicitRule
 from functorch_inverse._singular import has_to_wait, regular
 from functorch_inverse._solvers import iteration
@@ -54,13 +55,13 @@ def solve_inverse(problem: InverseProblem, x: Tree, args: tuple[Tree, ...], kwar
     plain = [t.detach() for t in (*given, *inner.tensors)]
     n = len(given)
     if grad and not inner.tensors:
-        result = problem.g(*plain)
+        held = [problem.g(*plain)]
     else:
         with torch.enable_grad(), inner.running(plain[n:]):
-            result = problem.g(*plain[:n])
-    y = output(result, x, plain) if is_array(result) else None
+            held = [problem.g(*plain[:n])]
+    y = output(held, x) if is_array(held[0]) else None
     if y is None or y.shape != x.shape or y.dtype is not x.dtype:
-        return solve(replace(problem, g=_Returned(result)), x, args, {})
+        return solve(replace(problem, g=_Returned(held if y is None else [y])), x, args, {})
     return _attached(_way(problem, y, x, args, seen), y, x, args) if live else y
 
 
@@ -111,14 +112,14 @@ def _equation(problem: InverseProblem, y: Tensor, x: Tensor, args: Tensors, capt
     return replace(equation, f=replace(equation.f, captured=captured))
 
 
-class _Returned:
-    """A g that has been called already."""
+class _Returned(Opaque):
+    """A g that has been called already; what it holds is nothing that g reads."""
 
-    def __init__(self, result: Any) -> None:
-        self.result = result
+    def __init__(self, held: list[Any]) -> None:
+        self.held = held
 
     def __call__(self, *_: Any) -> Any:
-        return self.result
+        return self.held.pop()
 
 
 class _Way:

@@ -31,6 +31,7 @@ try:
     # Who watches operations below autograd, in this thread.
     from torch._C import _len_torch_dispatch_stack as dispatch_modes_open
     from torch._C import _pop_torch_dispatch_stack as pop_dispatch_mode
+    from torch._C import _storage_Use_Count as storage_holders  # how many tensors, at least, share memory
 
     # Whether another backward pass through the same graph may come.
     from torch._C._autograd import _get_current_graph_task_keep_graph as graph_is_kept
@@ -103,7 +104,7 @@ __all__ = [
     "in_jvp", "interpreter_in_python", "is_legacy_batched", "is_recorded", "is_tracked", "is_wrapped", "level", "mark",
     "no_functions", "no_torch_function", "open_vmap", "peek_transform", "plain", "plain_apply", "pop_dispatch_mode",
     "pop_transform", "primal", "push_dispatch_mode", "push_transform", "recording", "remove_batch_dim",
-    "saved_tensors_have_hooks", "set_grad_enabled", "shapes_into", "single_level_allowed", "tangent",
+    "saved_tensors_have_hooks", "set_grad_enabled", "shapes_into", "single_level_allowed", "storage_holders", "tangent",
     "traced_derivatives_possible", "traced_transforms", "transforms_active", "tree_leaves", "tree_map", "undisturbed",
     "unwrapped", "wrap_for_grad", "wrapper",
 ]  # fmt: skip

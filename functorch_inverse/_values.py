@@ -93,19 +93,22 @@ class BlackBox:
     def _call(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         given = len(tensors) - self.captured.count
         with torch.enable_grad(), self.captured.running(tensors[given:]):
-            result = self.call(tensors[:given])
-        return self.unpack(result, tensors)
+            held = [self.call(tensors[:given])]
+        return self.unpack(held)
 
-    def unpack(self, result: Any, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The tensors in what g returned for given tensors; `outcome` keeps the structure."""
-        y, aux = split_aux(self.caller, result, self.has_aux)
-        part, leaves = self._outputs(y, tensors)
+    def unpack(self, held: list[Any]) -> tuple[Tensor, ...]:
+        """The tensors in what g returned, which the list is emptied of; `outcome` keeps the structure."""
+        y, aux = split_aux(self.caller, held.pop(), self.has_aux)
+        part, arrays = self._outputs(y)
         self._note("y", part)
         if not self.has_aux:
-            return leaves
-        part, extra = Partition.of(_numbers_to_tensors(aux) if self.tensors_only else aux)
+            del y
+            return _taken(arrays, self.like)
+        part, tensors = Partition.of(_numbers_to_tensors(aux) if self.tensors_only else aux)
         self._note("aux", part)
-        return (*leaves, *(t.detach() for t in extra))
+        extra = list(tensors)
+        del y, aux, tensors
+        return (*_taken(arrays, self.like), *_taken(extra, None))
 
     def _note(self, what: str, part: Partition) -> None:
         before = getattr(self.outcome, what)
@@ -116,7 +119,7 @@ class BlackBox:
             )
         setattr(self.outcome, what, part)
 
-    def _outputs(self, y: Tree, inputs: Sequence[Tensor]) -> tuple[Partition, tuple[Tensor, ...]]:
+    def _outputs(self, y: Tree) -> tuple[Partition, list[Any]]:
         part, arrays = Partition.of(torch.as_tensor(y) if isinstance(y, float | complex) else y, is_array)
         if not arrays:
             raise StructureError(
@@ -125,40 +128,44 @@ class BlackBox:
             )
         if torch.compiler.is_dynamo_compiling():
             self.outcome.traced = tuple(leaf for leaf in arrays if is_differentiable(leaf))
-        return part, tuple([output(leaf, self.like, inputs) for leaf in arrays])
+        return part, list(arrays)
 
 
+# Whoever calls g keeps what it returned in a list alone, which is emptied here: then it shows who else has the memory.
 
-def output(leaf: Any, like: Tensor | None, inputs: Sequence[Tensor]) -> Tensor:
-    """A tensor or array that g returned, as a tensor of its own without derivative, in the precision of `like`."""
+
+def _taken(held: list[Any], like: Tensor | None) -> tuple[Tensor, ...]:
+    """All that a list holds, in its order."""
+    held.reverse()
+    return tuple([output(held, like) for _ in range(len(held))])
+
+
+def output(held: list[Any], like: Tensor | None) -> Tensor:
+    """The last of what g returned, taken off a list: a tensor of its own without derivative, in the precision of `like`."""
+    leaf = held.pop()
     array = not isinstance(leaf, Tensor)
     tensor = from_array(leaf) if array else leaf.detach()
+    del leaf
     settled = like is None or (tensor.dtype is like.dtype and tensor.device == like.device)
     if like is not None and not settled and is_differentiable(tensor):
         tensor = tensor.to(device=like.device, dtype=same_precision(tensor.dtype, like.dtype))
-    # An input belongs to the caller, and memory of another library may be written to by the next call of g.
-    return tensor if array or _is_its_own(tensor, inputs) else tensor.clone()
+    if torch.compiler.is_dynamo_compiling():  # which removes what is of no use
+        return tensor.clone()
+    return tensor if array or _is_its_own(tensor) else tensor.clone()
 
 
-def _is_its_own(tensor: Tensor, inputs: Sequence[Tensor]) -> bool:
-    """Whether a result has memory that neither an input nor another library writes to; the compiler sees to that itself."""
-    if torch.compiler.is_dynamo_compiling():
-        return True
+def _is_its_own(tensor: Tensor) -> bool:
+    """Whether nobody else can write to a tensor: the memory of an input, or a buffer of g, is held by somebody."""
     if _torch.is_wrapped(tensor):
         return False
-    if not _has_memory(tensor):
+    if not (type(tensor) in PLAIN and tensor.layout is torch.strided):
         return True
-    storage = tensor.untyped_storage()  # that of a NumPy array, say, cannot be resized
-    return storage.resizable() and (not tensor.numel() or storage.data_ptr() not in map(_address, inputs))
+    storage = tensor.untyped_storage()  # that of another library, a NumPy array, say, cannot be resized
+    return (storage.resizable() and _torch.storage_holders(storage._cdata) == _ALONE) or not tensor.numel()
 
 
-def _has_memory(tensor: Tensor) -> bool:
-    return type(tensor) in PLAIN and tensor.layout is torch.strided
-
-
-def _address(tensor: Tensor) -> int | None:
-    """Where the data of a tensor lies, if it can be told."""
-    return None if _torch.is_wrapped(tensor) or not _has_memory(tensor) else tensor.untyped_storage().data_ptr()
+# A storage, and the object in Python that asks.
+_ALONE = 2
 
 
 def is_array(leaf: Any) -> bool:
