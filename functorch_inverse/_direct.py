@@ -20,6 +20,7 @@ from functorch_inverse._capture import Captured
 from functorch_inverse._chunks import chunk_of, jacobian, widest
 from functorch_inverse._deferred import SMALL, Deferred, ForGraph
 from functorch_inverse._graph import Graph, check_graph
+from functorch_inverse._in_place import keeping
 from functorch_inverse._inverse import InverseProblem
 from functorch_inverse._pullback import GraphPullback, Tensors, in_torch
 from functorch_inverse._reach import Opaque
@@ -158,7 +159,7 @@ class _Way:
         if self.captured.tensors:
             return in_torch(self.equation.f, (y,), theta)[0]
         self.captured.verify()
-        return in_torch(self.f if y.nbytes >= SMALL else self.evidence, y, *theta)
+        return keeping((y, *theta), in_torch, self.f if y.nbytes >= SMALL else self.evidence, y, *theta)
 
 
 class _Pull(NamedTuple):
