@@ -9,6 +9,7 @@ from functorch_inverse._call import Problem, solve
 from functorch_inverse._direct import solve_inverse
 from functorch_inverse._explicit import JacobianProblem
 from functorch_inverse._inverse import InverseProblem
+from functorch_inverse._parameters import Parameters
 from functorch_inverse._solvers import SolverLike, as_solver
 from functorch_inverse._tree import Tree
 from functorch_inverse._values import VmapMethod, check_vmap_method
@@ -24,13 +25,15 @@ class CustomInverse:
 
     def __init__(self, problem: InverseProblem) -> None:
         functools.update_wrapper(self, problem.g, updated=())
-        self.problem = problem
+        self.problem, self.parameters = problem, Parameters.of(problem.evidence)
 
     def __repr__(self) -> str:
         return f"custom_inverse({_name(self.problem.g)}, {_name(self.problem.evidence)})"
 
     def __call__(self, x: Tree, /, *args: Tree, **kwargs: Any) -> Tree:
         """g(x, *args, **kwargs)."""
+        if kwargs:
+            self.parameters.check(self.problem.caller, kwargs, 1 + len(args))
         return solve_inverse(self.problem, x, args, kwargs)
 
 
@@ -138,12 +141,15 @@ class CustomJacobian:
         self.__wrapped__: Callable[..., Any]
         functools.update_wrapper(self, fn, updated=())
         self.problem, self.argnums = problem, argnums
+        self.parameters = Parameters.of(problem.evidence.function) if isinstance(problem.evidence, Chosen) else Parameters()
 
     def __repr__(self) -> str:
         return f"{self.problem.caller}({_name(self.__wrapped__)})"
 
     def __call__(self, *args: Tree, **kwargs: Any) -> Tree:
         """fn(*args, **kwargs)."""
+        if kwargs:
+            self.parameters.check(self.problem.caller, kwargs, len(args))
         numbers = self.argnums if isinstance(self.argnums, tuple) else (self.argnums,)
         if max(numbers) >= len(args):
             raise TypeError(
