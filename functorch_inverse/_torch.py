@@ -191,12 +191,12 @@ def mark(tensor: Tensor) -> Any:
 
 
 def can_inspect(tensor: Tensor) -> bool:
-    """Whether Python may look at a tensor's values: not wrapped, traced, fake or captured."""
+    """Whether Python may look at a tensor's values: not wrapped, traced, fake, meta or captured."""
     if torch.compiler.is_dynamo_compiling():
         return False
     keys = _TorchDispatchModeKey
     traced = _get_dispatch_mode(keys.PROXY) is not None or _get_dispatch_mode(keys.FAKE) is not None
-    if traced or is_wrapped(tensor):
+    if traced or tensor.is_meta or is_wrapped(tensor):
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
