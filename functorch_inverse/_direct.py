@@ -67,7 +67,8 @@ def solve_inverse(problem: InverseProblem, x: Tree, args: tuple[Tree, ...], kwar
 
 
 def _is_plain(leaf: Any) -> bool:
-    return type(leaf) in PLAIN and leaf.dtype in _DTYPES and leaf.layout is torch.strided and not _torch.is_wrapped(leaf)
+    ordinary = type(leaf) in PLAIN and leaf.dtype in _DTYPES and leaf.layout is torch.strided
+    return ordinary and not (_torch.is_wrapped(leaf) or leaf.is_neg())
 
 
 class _Seen(NamedTuple):

@@ -92,8 +92,9 @@ class BlackBox:
 
     def _call(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         given = len(tensors) - self.captured.count
-        with torch.enable_grad(), self.captured.running(tensors[given:]):
-            held = [self.call(tensors[:given])]
+        seen = [_written_out(t) for t in tensors]
+        with torch.enable_grad(), self.captured.running(seen[given:]):
+            held = [self.call(seen[:given])]
         return self.unpack(held)
 
     def unpack(self, held: list[Any]) -> tuple[Tensor, ...]:
@@ -129,6 +130,11 @@ class BlackBox:
         if torch.compiler.is_dynamo_compiling():
             self.outcome.traced = tuple(leaf for leaf in arrays if is_differentiable(leaf))
         return part, list(arrays)
+
+
+def _written_out(tensor: Tensor) -> Tensor:
+    """A tensor as its memory has it: other libraries know nothing of a sign or a conjugation that torch has put off."""
+    return tensor.resolve_conj().resolve_neg() if tensor.is_conj() or tensor.is_neg() else tensor
 
 
 # Whoever calls g keeps what it returned in a list alone, which is emptied here: then it shows who else has the memory.
