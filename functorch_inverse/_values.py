@@ -13,6 +13,7 @@ from torch import Tensor
 
 from functorch_inverse import _torch
 from functorch_inverse._capture import Captured
+from functorch_inverse._hints import instead_of
 from functorch_inverse._tree import PLAIN, Partition, Tree, describe, is_differentiable
 from functorch_inverse._vectors import same_precision
 from functorch_inverse.errors import BlackBoxError, StructureError
@@ -124,8 +125,7 @@ class BlackBox:
         part, arrays = Partition.of(torch.as_tensor(y) if isinstance(y, float | complex) else y, is_array)
         if not arrays:
             raise StructureError(
-                f"`{self.caller}`: g returned {type(y).__name__} without any tensor or array in it. Return the value "
-                "y as a tensor, a floating NumPy array, or a pytree of those."
+                f"`{self.caller}`: g returned {type(y).__name__} without any tensor or array in it. {instead_of(y)}"
             )
         if torch.compiler.is_dynamo_compiling():
             self.outcome.traced = tuple(leaf for leaf in arrays if is_differentiable(leaf))
