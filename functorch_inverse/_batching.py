@@ -20,7 +20,7 @@ def evaluate(box: BlackBox, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """g once (a sample, for "sequential"), with every transform seeing only values."""
     if torch.compiler.is_dynamo_compiling():
         given = (*(t.detach() for t in tensors[: box.blind]), *tensors[box.blind :])
-        return box.unpack(box.call(given), given)
+        return box.unpack([box.call(given)])
     found: tuple[Tensor, ...] = announced(_evaluate, tuple(tensors), box)
     return found
 

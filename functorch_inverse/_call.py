@@ -11,6 +11,7 @@ from torch import Tensor
 from functorch_inverse import _torch
 from functorch_inverse._batching import evaluate
 from functorch_inverse._capture import Captured, standing_for, watch
+from functorch_inverse._in_place import keeping
 from functorch_inverse._rules import poisoned
 from functorch_inverse._sight import Sight
 from functorch_inverse._transforms import is_live, is_open
@@ -166,7 +167,7 @@ def _wanted(given: Given) -> Callable[[Tensor], bool]:
 def _watched(problem: Problem, given: Given, values: "Values", captured: Tensors) -> list[Tensor]:
     """What the evidence reads by itself besides what is known to be captured."""
     known = (*given.x_tensors, *given.arg_tensors, *values.tensors, *captured)
-    return watch(lambda: problem.probe(given, values), known)
+    return watch(lambda: keeping(known, problem.probe, given, values), known)
 
 
 def _refuse_live_keyword(caller: str) -> None:

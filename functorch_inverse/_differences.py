@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functorch_inverse import _torch
 from functorch_inverse._call import Given, Problem, Values, solve
 from functorch_inverse._capture import Captured
 from functorch_inverse._points import unit_vectors, values_at, with_center
@@ -118,10 +119,10 @@ class _Point:
         self.precise, self.found_eps = True, 0.0
 
     def _is_far(self, times: int) -> bool:
-        """Whether the two lengths, |x| and 1, are far apart somewhere; a trace cannot tell."""
+        """Whether the two lengths, |x| and 1, are far apart somewhere; a trace cannot tell, nor can meta tensors."""
         if self.how.step is not None:
             return False
-        return torch.compiler.is_dynamo_compiling() or any(bool(_is_far(t, times).any()) for t in self.x)
+        return not all(map(_torch.can_inspect, self.x)) or any(bool(_is_far(t, times).any()) for t in self.x)
 
     def tree(self, blocks: list[Tree], times: int) -> Tree:
         """Blocks in the structure of y, in each leaf that of x, and so on."""

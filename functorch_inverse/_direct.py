@@ -21,8 +21,10 @@ from functorch_inverse._chunks import chunk_of, jacobian, widest
 from functorch_inverse._deferred import SMALL, Deferred, ForGraph
 from functorch_inverse._graph import Graph, check_graph
 from functorch_inverse._hooks import unhooked
+from functorch_inverse._in_place import keeping
 from functorch_inverse._inverse import InverseProblem
 from functorch_inverse._pullback import GraphPullback, Tensors, in_torch
+from functorch_inverse._reach import Opaque
 from functorch_inverse._rules import ImplicitRule
 from functorch_inverse._singular import has_to_wait, regular
 from functorch_inverse._solvers import iteration
@@ -55,13 +57,13 @@ def solve_inverse(problem: InverseProblem, x: Tree, args: tuple[Tree, ...], kwar
     plain = [t.detach() for t in (*given, *inner.tensors)]
     n = len(given)
     if grad and not inner.tensors:
-        result = problem.g(*plain)
+        held = [problem.g(*plain)]
     else:
         with torch.enable_grad(), inner.running(plain[n:]):
-            result = problem.g(*plain[:n])
-    y = output(result, x, plain) if is_array(result) else None
+            held = [problem.g(*plain[:n])]
+    y = output(held, x) if is_array(held[0]) else None
     if y is None or y.shape != x.shape or y.dtype is not x.dtype:
-        return solve(replace(problem, g=_Returned(result)), x, args, {})
+        return solve(replace(problem, g=_Returned(held if y is None else [y])), x, args, {})
     if not live:
         return y
     if outer.frozen:
@@ -70,7 +72,8 @@ def solve_inverse(problem: InverseProblem, x: Tree, args: tuple[Tree, ...], kwar
 
 
 def _is_plain(leaf: Any) -> bool:
-    return type(leaf) in PLAIN and leaf.dtype in _DTYPES and leaf.layout is torch.strided and not _torch.is_wrapped(leaf)
+    ordinary = type(leaf) in PLAIN and leaf.dtype in _DTYPES and leaf.layout is torch.strided
+    return ordinary and not (_torch.is_wrapped(leaf) or leaf.is_neg())
 
 
 class _Seen(NamedTuple):
@@ -116,14 +119,14 @@ def _equation(problem: InverseProblem, y: Tensor, x: Tensor, args: Tensors, capt
     return replace(equation, f=replace(equation.f, captured=captured))
 
 
-class _Returned:
-    """A g that has been called already."""
+class _Returned(Opaque):
+    """A g that has been called already; what it holds is nothing that g reads."""
 
-    def __init__(self, result: Any) -> None:
-        self.result = result
+    def __init__(self, held: list[Any]) -> None:
+        self.held = held
 
     def __call__(self, *_: Any) -> Any:
-        return self.result
+        return self.held.pop()
 
 
 class _Way:
@@ -163,8 +166,8 @@ class _Way:
             return in_torch(self.equation.f, (y,), theta)[0]
         if self.captured.changes() is not None:
             with self.captured.running((), later=True):
-                return in_torch(self.evidence, y, *theta)
-        return in_torch(self.f if y.nbytes >= SMALL else self.evidence, y, *theta)
+                return keeping((y, *theta), in_torch, self.evidence, y, *theta)
+        return keeping((y, *theta), in_torch, self.f if y.nbytes >= SMALL else self.evidence, y, *theta)
 
 
 class _Pull(NamedTuple):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from functorch_inverse._call import merge
 from functorch_inverse._capture import Captured
+from functorch_inverse._in_place import keeping
 from functorch_inverse._tree import Partition, Tree
 from functorch_inverse.errors import NoDerivativeError
 
@@ -44,7 +45,7 @@ class Evidence:
         everything = self.y.join(merge(self.differentiable, y, theta[n:m]))
         with self.captured.running(theta[m:], (*y, *theta), watched=not self.by_graph, later=True):
             try:
-                result = self.f(everything, *self.args.join(theta[:n]))
+                result = keeping((*y, *theta), self.f, everything, *self.args.join(theta[:n]))
             except RuntimeError as error:
                 if self.captured.loose and "INTERNAL ASSERT" in str(error):
                     _refuse_hidden_argument(error)

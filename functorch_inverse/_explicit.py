@@ -24,6 +24,7 @@ from functorch_inverse import _torch
 from functorch_inverse._attach import attach
 from functorch_inverse._call import Given, Problem, Values, live
 from functorch_inverse._capture import Captured
+from functorch_inverse._in_place import keeping
 from functorch_inverse._pullback import Function, Tensors
 from functorch_inverse._quadrature import gauss_legendre
 from functorch_inverse._rules import Optional, Pull, move, poisoned, widen
@@ -213,7 +214,7 @@ class _Matrix:
     def _evaluate(self, theta: Tensors) -> Any:
         n, m = len(self.x.places), len(theta) - self.captured.count
         with self.captured.running(theta[m:], later=True):
-            return self.problem.evidence(self.x.join(theta[:n]), *self.args.join(theta[n:m]))
+            return keeping(theta, self.problem.evidence, self.x.join(theta[:n]), *self.args.join(theta[n:m]))
 
     def _blocks(self, jacobian: Tree, batch: Sequence[int]) -> list[list[Tensor]]:
         caller = self.problem.caller

@@ -159,8 +159,8 @@ class Krylov:
             )
         if not _torch.can_inspect(b):
             raise NotImplementedError(
-                f"`{type(self).__name__}`: an iteration looks at values, which a trace (torch.func.linearize, make_fx, export, "
-                "CUDA graph capture) does not have. Use a direct solver such as LU()."
+                f"`{type(self).__name__}`: an iteration looks at values, which meta tensors and a trace (torch.func.linearize, "
+                "make_fx, export, CUDA graph capture) do not have. Use a direct solver such as LU()."
             )
 
     def _systems(

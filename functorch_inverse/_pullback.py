@@ -15,6 +15,7 @@ from functorch_inverse._chunks import nodes_below, rooted, widest
 from functorch_inverse._composed import Function, Tensors, dependent, leveled, own_node, pullback_to_theta
 from functorch_inverse._graph import Graph, check_graph, refuse_constant, walk
 from functorch_inverse._hooks import unhooked
+from functorch_inverse._in_place import explain, keeping
 from functorch_inverse.errors import NoDerivativeError
 
 __all__ = ["Function", "GraphPullback", "Pullback", "Tensors", "in_torch", "seen_by_graph"]
@@ -234,7 +235,7 @@ def seen_by_graph(f: Function) -> Function:
 
 def _evaluate(f: Function, y: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
     """f at tracked y, or an error if its value no longer depends on y."""
-    outputs = in_torch(f, y, theta)
+    outputs = keeping(y, in_torch, f, y, theta)
     if not torch.compiler.is_dynamo_compiling() and not any(out.requires_grad for out in outputs):
         refuse_constant()
     return outputs
@@ -245,6 +246,7 @@ def in_torch(f: Callable[..., Any], *args: Any) -> Any:
     try:
         return f(*args)
     except RuntimeError as error:
+        explain(error)
         if "numpy" in str(error) or "storage" in str(error):
             raise NoDerivativeError(
                 f"f left torch while it was differentiated ({error}). f must be made of differentiable torch "

@@ -31,6 +31,7 @@ try:
     # Who watches operations below autograd, in this thread.
     from torch._C import _len_torch_dispatch_stack as dispatch_modes_open
     from torch._C import _pop_torch_dispatch_stack as pop_dispatch_mode
+    from torch._C import _storage_Use_Count as storage_holders  # how many tensors, at least, share memory
 
     # Whether another backward pass through the same graph may come.
     from torch._C._autograd import _get_current_graph_task_keep_graph as graph_is_kept
@@ -86,8 +87,7 @@ try:
     # have no values to show, and go one by one through an operator that it does not know.
     is_legacy_batched = _functorch.is_legacy_batchedtensor
 
-    # Read here so that their absence shows at import.
-    _ = (eager_transforms.JVP_NESTING, forward_ad._current_level)
+    _ = (eager_transforms.JVP_NESTING, forward_ad._current_level)  # their absence shows at import
 except (ImportError, AttributeError) as error:
     raise ImportError(
         f"functorch_inverse supports torch >= 2.11; torch {torch.__version__} differs in a private "
@@ -104,7 +104,7 @@ __all__ = [
     "in_jvp", "interpreter_in_python", "is_legacy_batched", "is_recorded", "is_tracked", "is_wrapped", "level", "mark",
     "no_functions", "no_torch_function", "open_vmap", "peek_transform", "plain", "plain_apply", "pop_dispatch_mode",
     "pop_hooks", "pop_transform", "primal", "push_dispatch_mode", "push_hooks", "push_transform", "recording",
-    "remove_batch_dim", "set_grad_enabled", "shapes_into", "single_level_allowed", "tangent", "top_hooks",
+    "remove_batch_dim", "set_grad_enabled", "shapes_into", "single_level_allowed", "storage_holders", "tangent", "top_hooks",
     "traced_derivatives_possible", "traced_transforms", "transforms_active", "tree_leaves", "tree_map", "undisturbed",
     "unwrapped", "wrap_for_grad", "wrapper",
 ]  # fmt: skip
@@ -191,12 +191,12 @@ def mark(tensor: Tensor) -> Any:
 
 
 def can_inspect(tensor: Tensor) -> bool:
-    """Whether Python may look at a tensor's values: not wrapped, traced, fake or captured."""
+    """Whether Python may look at a tensor's values: not wrapped, traced, fake, meta or captured."""
     if torch.compiler.is_dynamo_compiling():
         return False
     keys = _TorchDispatchModeKey
     traced = _get_dispatch_mode(keys.PROXY) is not None or _get_dispatch_mode(keys.FAKE) is not None
-    if traced or is_wrapped(tensor):
+    if traced or tensor.is_meta or is_wrapped(tensor):
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from functorch_inverse import _torch
 from functorch_inverse._capture import Captured
+from functorch_inverse._hints import instead_of
 from functorch_inverse._tree import PLAIN, Partition, Tree, describe, is_differentiable
 from functorch_inverse._vectors import same_precision
 from functorch_inverse.errors import BlackBoxError, StructureError
@@ -92,20 +93,24 @@ class BlackBox:
 
     def _call(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         given = len(tensors) - self.captured.count
-        with torch.enable_grad(), self.captured.running(tensors[given:]):
-            result = self.call(tensors[:given])
-        return self.unpack(result, tensors)
+        seen = [_written_out(t) for t in tensors]
+        with torch.enable_grad(), self.captured.running(seen[given:]):
+            held = [self.call(seen[:given])]
+        return self.unpack(held)
 
-    def unpack(self, result: Any, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The tensors in what g returned for given tensors; `outcome` keeps the structure."""
-        y, aux = split_aux(self.caller, result, self.has_aux)
-        part, leaves = self._outputs(y, tensors)
+    def unpack(self, held: list[Any]) -> tuple[Tensor, ...]:
+        """The tensors in what g returned, which the list is emptied of; `outcome` keeps the structure."""
+        y, aux = split_aux(self.caller, held.pop(), self.has_aux)
+        part, arrays = self._outputs(y)
         self._note("y", part)
         if not self.has_aux:
-            return leaves
-        part, extra = Partition.of(_numbers_to_tensors(aux) if self.tensors_only else aux)
+            del y
+            return _taken(arrays, self.like)
+        part, tensors = Partition.of(_numbers_to_tensors(aux) if self.tensors_only else aux)
         self._note("aux", part)
-        return (*leaves, *(t.detach() for t in extra))
+        extra = list(tensors)
+        del y, aux, tensors
+        return (*_taken(arrays, self.like), *_taken(extra, None))
 
     def _note(self, what: str, part: Partition) -> None:
         before = getattr(self.outcome, what)
@@ -116,49 +121,57 @@ class BlackBox:
             )
         setattr(self.outcome, what, part)
 
-    def _outputs(self, y: Tree, inputs: Sequence[Tensor]) -> tuple[Partition, tuple[Tensor, ...]]:
+    def _outputs(self, y: Tree) -> tuple[Partition, list[Any]]:
         part, arrays = Partition.of(torch.as_tensor(y) if isinstance(y, float | complex) else y, is_array)
         if not arrays:
             raise StructureError(
-                f"`{self.caller}`: g returned {type(y).__name__} without any tensor or array in it. Return the value "
-                "y as a tensor, a floating NumPy array, or a pytree of those."
+                f"`{self.caller}`: g returned {type(y).__name__} without any tensor or array in it. {instead_of(y)}"
             )
         if torch.compiler.is_dynamo_compiling():
             self.outcome.traced = tuple(leaf for leaf in arrays if is_differentiable(leaf))
-        return part, tuple([output(leaf, self.like, inputs) for leaf in arrays])
+        return part, list(arrays)
 
 
+def _written_out(tensor: Tensor) -> Tensor:
+    """A tensor as its memory has it: other libraries know nothing of a sign or a conjugation that torch has put off."""
+    return tensor.resolve_conj().resolve_neg() if tensor.is_conj() or tensor.is_neg() else tensor
 
-def output(leaf: Any, like: Tensor | None, inputs: Sequence[Tensor]) -> Tensor:
-    """A tensor or array that g returned, as a tensor of its own without derivative, in the precision of `like`."""
+
+# Whoever calls g keeps what it returned in a list alone, which is emptied here: then it shows who else has the memory.
+
+
+def _taken(held: list[Any], like: Tensor | None) -> tuple[Tensor, ...]:
+    """All that a list holds, in its order."""
+    held.reverse()
+    return tuple([output(held, like) for _ in range(len(held))])
+
+
+def output(held: list[Any], like: Tensor | None) -> Tensor:
+    """The last of what g returned, taken off a list: a tensor of its own without derivative, in the precision of `like`."""
+    leaf = held.pop()
     array = not isinstance(leaf, Tensor)
     tensor = from_array(leaf) if array else leaf.detach()
+    del leaf
     settled = like is None or (tensor.dtype is like.dtype and tensor.device == like.device)
     if like is not None and not settled and is_differentiable(tensor):
         tensor = tensor.to(device=like.device, dtype=same_precision(tensor.dtype, like.dtype))
-    # An input belongs to the caller, and memory of another library may be written to by the next call of g.
-    return tensor if array or _is_its_own(tensor, inputs) else tensor.clone()
+    if torch.compiler.is_dynamo_compiling():  # which removes what is of no use
+        return tensor.clone()
+    return tensor if array or _is_its_own(tensor) else tensor.clone()
 
 
-def _is_its_own(tensor: Tensor, inputs: Sequence[Tensor]) -> bool:
-    """Whether a result has memory that neither an input nor another library writes to; the compiler sees to that itself."""
-    if torch.compiler.is_dynamo_compiling():
-        return True
+def _is_its_own(tensor: Tensor) -> bool:
+    """Whether nobody else can write to a tensor: the memory of an input, or a buffer of g, is held by somebody."""
     if _torch.is_wrapped(tensor):
         return False
-    if not _has_memory(tensor):
+    if not (type(tensor) in PLAIN and tensor.layout is torch.strided):
         return True
-    storage = tensor.untyped_storage()  # that of a NumPy array, say, cannot be resized
-    return storage.resizable() and (not tensor.numel() or storage.data_ptr() not in map(_address, inputs))
+    storage = tensor.untyped_storage()  # that of another library, a NumPy array, say, cannot be resized
+    return (storage.resizable() and _torch.storage_holders(storage._cdata) == _ALONE) or not tensor.numel()
 
 
-def _has_memory(tensor: Tensor) -> bool:
-    return type(tensor) in PLAIN and tensor.layout is torch.strided
-
-
-def _address(tensor: Tensor) -> int | None:
-    """Where the data of a tensor lies, if it can be told."""
-    return None if _torch.is_wrapped(tensor) or not _has_memory(tensor) else tensor.untyped_storage().data_ptr()
+# A storage, and the object in Python that asks.
+_ALONE = 2
 
 
 def is_array(leaf: Any) -> bool:

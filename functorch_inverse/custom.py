@@ -9,6 +9,7 @@ from functorch_inverse._call import Problem, solve
 from functorch_inverse._direct import solve_inverse
 from functorch_inverse._explicit import JacobianProblem
 from functorch_inverse._inverse import InverseProblem
+from functorch_inverse._parameters import Parameters
 from functorch_inverse._solvers import SolverLike, as_solver
 from functorch_inverse._tree import Tree
 from functorch_inverse._values import VmapMethod, check_vmap_method
@@ -24,13 +25,15 @@ class CustomInverse:
 
     def __init__(self, problem: InverseProblem) -> None:
         functools.update_wrapper(self, problem.g, updated=())
-        self.problem = problem
+        self.problem, self.parameters = problem, Parameters.of(problem.evidence)
 
     def __repr__(self) -> str:
         return f"custom_inverse({_name(self.problem.g)}, {_name(self.problem.evidence)})"
 
     def __call__(self, x: Tree, /, *args: Tree, **kwargs: Any) -> Tree:
         """g(x, *args, **kwargs)."""
+        if kwargs:
+            self.parameters.check(self.problem.caller, kwargs, 1 + len(args))
         return solve_inverse(self.problem, x, args, kwargs)
 
 
@@ -62,11 +65,13 @@ def custom_inverse(
 
     Args:
         g: the black box, ``g(x, *args, **kwargs) -> y``. It sees plain detached tensors and returns tensors, floating
-            NumPy arrays, or a pytree of those.
+            NumPy arrays, or a pytree of those. The tensors share the caller's memory: where g writes to it, hand
+            over ``black_box(g)``, which gets copies.
         f: its inverse, ``f(y, *args) -> x``, made of differentiable torch operations.
         event_dim: how many trailing dims of each leaf of x make up one sample. None: all of x is one sample; write for
             one, batch with torch.vmap. 1: vectors, x of shape (*batch, n). 0: elementwise, no matrix is built. A
-            pytree prefix of those where leaves differ. Unless None, g and f take any number of leading dims.
+            pytree prefix of those where leaves differ. Unless None, g and f take any number of leading dims. That no
+            sample influences another is asserted, not looked at in a call; `check_inverse` does.
         out_event_dim: the same for y, where it differs from that of x.
         linear_solver: solves with A; `LU()` unless given.
         vmap_method: how vmap calls g: "sequential", one call a sample (the default without event_dim); "broadcast", one
@@ -76,10 +81,11 @@ def custom_inverse(
         check: compare f(g(x)) with x at every call: True for a relative tolerance of sqrt(eps), or the tolerance.
 
     Returns:
-        A callable with the signature of g. Keyword arguments reach g alone and carry no derivative.
+        A callable with the signature of g, x by position. Keyword arguments reach g alone and carry no derivative.
 
     Raises:
-        StructureError: structures, sizes or dtypes do not match; more outputs than inputs.
+        StructureError: structures, sizes or dtypes do not match; more outputs than inputs; f has a parameter of the name of
+            a keyword argument.
         SingularJacobianError: A has no inverse in some samples; names them.
         NoDerivativeError: f does not depend on y, or a derivative would be lost (a live keyword argument, a tensor that
             f closes over and that was exchanged in the meantime).
@@ -138,12 +144,15 @@ class CustomJacobian:
         self.__wrapped__: Callable[..., Any]
         functools.update_wrapper(self, fn, updated=())
         self.problem, self.argnums = problem, argnums
+        self.parameters = Parameters.of(problem.evidence.function) if isinstance(problem.evidence, Chosen) else Parameters()
 
     def __repr__(self) -> str:
         return f"{self.problem.caller}({_name(self.__wrapped__)})"
 
     def __call__(self, *args: Tree, **kwargs: Any) -> Tree:
         """fn(*args, **kwargs)."""
+        if kwargs:
+            self.parameters.check(self.problem.caller, kwargs, len(args))
         numbers = self.argnums if isinstance(self.argnums, tuple) else (self.argnums,)
         if max(numbers) >= len(args):
             raise TypeError(

@@ -119,8 +119,8 @@ def finite_difference(
     function again, each order with the step that it needs.
 
     Args:
-        fn: the function, as g of `custom_inverse`; keyword arguments go along. For float32 input it is evaluated in
-            float64 where it can, so that the result is right to float32.
+        fn: the function, as g of `custom_inverse`, called again by each derivative; keyword arguments go along. For
+            float32 input it is evaluated in float64 where it can, so that the result is right to float32.
         argnums: the position, or tuple of positions, to differentiate.
         method: "central"; "forward" or "backward" at the edge of a domain; "complex", one evaluation at x + ih for
             functions that are holomorphic and take complex numbers: no cancellation, right to machine precision.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from functorch_inverse import _torch
 from functorch_inverse._chunks import check_chunk_size, chunk_of, in_chunks, nodes_below, rooted, widest
+from functorch_inverse._pullback import in_torch
 from functorch_inverse._solvers import SolverLike, as_solver
 from functorch_inverse._tree import Partition, Tree, event_dims, flatten, is_differentiable, unflatten
 from functorch_inverse._vectors import batch_shape, real_dtype
@@ -69,7 +70,7 @@ def batch_jacobian(
     spec: list[Any] = []
 
     def flat(*inputs: Tensor) -> Tensors:
-        outputs, structure = flatten(f(partition.join(inputs), *args))
+        outputs, structure = flatten(in_torch(f, partition.join(inputs), *args))
         spec[:] = [structure]
         _check(outputs, inputs, batch)
         return tuple(outputs)

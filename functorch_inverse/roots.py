@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from functorch_inverse._call import solve as call
+from functorch_inverse._parameters import Parameters
 from functorch_inverse._root import RootProblem, StepResidual, WithoutX
 from functorch_inverse._solvers import SolverLike, as_solver, with_jacobian
 from functorch_inverse._tree import Tree
@@ -23,13 +24,17 @@ class CustomRoot:
 
     def __init__(self, problem: RootProblem, solve: Callable[..., Any]) -> None:
         functools.update_wrapper(self, solve, updated=())
+        evidence = problem.evidence
         self.problem = problem
+        self.parameters = Parameters.of(evidence.step if isinstance(evidence, StepResidual) else evidence)
 
     def __repr__(self) -> str:
         return f"{self.problem.caller}({getattr(self, '__name__', None) or repr(self.problem.g)})"
 
     def __call__(self, /, *args: Tree, **kwargs: Any) -> Tree:
         """solve(*args, **kwargs)."""
+        if kwargs:
+            self.parameters.check(self.problem.caller, kwargs, 1 + len(args))
         result = call(self.problem, (), args, kwargs)
         if not self.problem.has_jacobian:
             return result

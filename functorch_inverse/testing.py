@@ -33,7 +33,8 @@ def check_inverse(
               J_g\,d = \frac{-g(x + 2hd) + 8 g(x + hd) - 8 g(x - hd) + g(x - 2hd)}{12 h} + O(h^4)
 
     for one random direction d through x and all floating arguments at once. A wrong derivative to an
-    argument, or samples that f lets influence each other, show as well as a wrong f.
+    argument, or samples that f lets influence each other, show as well as a wrong f. Derivatives to what f closes over,
+    modules and their parameters included, are not tested: hand it over as an argument for that.
 
     Args:
         g: the black box; called seven times.
