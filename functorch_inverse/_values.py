@@ -141,10 +141,8 @@ def output(leaf: Any, like: Tensor | None, inputs: Sequence[Tensor]) -> Tensor:
 
 
 def _is_its_own(tensor: Tensor, inputs: Sequence[Tensor]) -> bool:
-    """Whether a result has memory that neither an input nor another library writes to; the compiler sees to that itself."""
-    if torch.compiler.is_dynamo_compiling():
-        return True
-    if _torch.is_wrapped(tensor):
+    """Whether a result has memory that neither an input nor another library writes to."""
+    if torch.compiler.is_dynamo_compiling() or _torch.is_wrapped(tensor):  # nobody can tell
         return False
     if not _has_memory(tensor):
         return True

@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 
+import numpy as np
 import optree
 import pytest
 import torch
@@ -311,3 +312,105 @@ def vector_exact_at_C(x):
 
 def test_compiled_autograd():
     run_fresh(check_compiled_autograd)
+
+
+# --- operations in place ---------------------------------------------------------------------------
+
+
+def scaled_asinh(x, a):
+    return torch.asinh(x) * a
+
+
+def in_place_rules(event_dim):
+    """asinh(x) * a in every way there is, by a g that torch cannot look into where one is needed."""
+    g, f = fi.black_box(lambda x, a: np.arcsinh(x) * a), lambda y, a: torch.sinh(y / a)
+    slopes = lambda x, a: (a / (1 + x * x).sqrt(), torch.asinh(x))  # noqa: E731
+    square = slopes if event_dim == 0 else lambda x, a: tuple(map(torch.diag_embed, slopes(x, a)))
+    return {
+        "custom_inverse": fi.custom_inverse(g, f, event_dim=event_dim),
+        "traced": fi.custom_inverse(scaled_asinh, f, event_dim=event_dim),
+        "custom_root": fi.custom_root(g, lambda y, x, a: f(y, a) - x, event_dim=event_dim),
+        "custom_jacobian": fi.custom_jacobian(g, square, argnums=(0, 1), event_dim=event_dim),
+        "invert": fi.invert(f, event_dim=event_dim),
+    }
+
+
+def writes_to_y(h, x, a):
+    y = h(x, a)
+    y.mul_(2)
+    return y
+
+
+def writes_to_args(h, x, a):
+    x, a = x * 1, a * 1
+    y = h(x, a)
+    x.mul_(5)
+    a.mul_(3)
+    return y * a
+
+
+# What is computed, and the same without operations in place.
+IN_PLACE = {
+    "y": (writes_to_y, lambda x, a: 2 * scaled_asinh(x, a)),
+    "args": (writes_to_args, lambda x, a: 3 * a * scaled_asinh(x, a)),
+}
+REAL = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64), torch.tensor([1.5, 0.7, 2.0], dtype=torch.float64)
+
+
+def check_in_place(event_dim, backend):
+    cases = {}
+    for rule, h in in_place_rules(event_dim).items():
+        for name, (function, exact) in IN_PLACE.items():
+            cases[f"{rule}, {name}"] = (
+                lambda h=h, function=function: autograd_of(compiled(lambda *i: function(h, *i), backend=backend)),
+                lambda exact=exact: autograd_of(exact),
+            )
+    report(cases)
+
+
+def autograd_of(function):
+    return autograd(lambda *inputs: (function(*inputs),), REAL)
+
+
+@pytest.mark.parametrize(("event_dim", "backend"), [(0, "aot_eager"), (1, "eager"), (None, "aot_eager")])
+def test_operations_in_place_after_a_call(event_dim, backend):
+    run_fresh(check_in_place, event_dim, backend)
+
+
+def check_in_place_more():
+    """With inductor, and inside transforms."""
+    rules = in_place_rules(0)
+    slope = lambda h: grad(lambda *i: writes_to_y(h, *i).sin().sum(), (0, 1))  # noqa: E731
+    push = lambda h: lambda *i: jvp(lambda *i: writes_to_y(h, *i), i, i)  # noqa: E731
+    y_doubled = IN_PLACE["y"][1]
+    exact_slope = grad(lambda *i: y_doubled(*i).sin().sum(), (0, 1))
+    cases = {
+        name: (
+            lambda function=function: autograd_of(compiled(lambda *i: function(rules["traced"], *i), backend="inductor")),
+            lambda exact=exact: autograd_of(exact),
+        )
+        for name, (function, exact) in IN_PLACE.items()
+    }
+    for name in ("custom_inverse", "custom_jacobian"):
+        cases[f"grad, {name}"] = (lambda h=rules[name]: compiled(slope(h))(*REAL), lambda: exact_slope(*REAL))
+        cases[f"jvp, {name}"] = (lambda h=rules[name]: compiled(push(h))(*REAL), lambda: jvp(y_doubled, REAL, REAL))
+    report(cases)
+
+
+def test_operations_in_place_by_inductor_and_inside_transforms():
+    run_fresh(check_in_place_more)
+
+
+def check_result_is_its_own():
+    """A g that returns its input, or a view of it: who writes to y does not write to x."""
+    for g in (lambda x: x, lambda x: x.view(-1)):
+        for grad_mode in (torch.enable_grad, torch.no_grad):
+            x = X.clone()
+            with grad_mode():
+                step = compiled(lambda x, g=g: fi.custom_inverse(g, torch.clone)(x).mul_(2))
+                assert_close((step(x),), (2 * X,))
+            assert_close((x,), (X,))
+
+
+def test_result_is_its_own():
+    run_fresh(check_result_is_its_own)
