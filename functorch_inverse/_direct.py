@@ -21,6 +21,7 @@ from functorch_inverse._chunks import chunk_of, jacobian, widest
 from functorch_inverse._deferred import SMALL, Deferred, ForGraph
 from functorch_inverse._graph import Graph, check_graph
 from functorch_inverse._inverse import InverseProblem
+from functorch_inverse._levels import plain_apply
 from functorch_inverse._pullback import GraphPullback, Tensors, in_torch
 from functorch_inverse._rules import ImplicitRule
 from functorch_inverse._singular import has_to_wait, regular
@@ -41,6 +42,7 @@ _RESULTS = (Tensor, Deferred)
 _LARGE = 2**12
 
 
+@_torch.called_eagerly
 def solve_inverse(problem: InverseProblem, x: Tree, args: tuple[Tree, ...], kwargs: dict[str, Any]) -> Tree:
     """g(x, *args, **kwargs) with its derivatives to x, args and whatever f closes over."""
     given, grad = (x, *args), torch.is_grad_enabled()
@@ -261,7 +263,7 @@ class _Short(Function):
         return None, None, None, None, u, *[next(received) if flag else None for flag in wanted]
 
 
-_apply = _torch.plain_apply(_Short)
+_apply = plain_apply(_Short)
 
 
 def _generally(ctx: Any, saved: Tensors, v: Tensor) -> tuple[Tensor | None, ...]:

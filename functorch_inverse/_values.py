@@ -123,7 +123,8 @@ class BlackBox:
                 f"`{self.caller}`: g returned {type(y).__name__} without any tensor or array in it. Return the value "
                 "y as a tensor, a floating NumPy array, or a pytree of those."
             )
-        if torch.compiler.is_dynamo_compiling():
+        if torch.compiler.is_dynamo_compiling():  # which traces NumPy into operations of torch
+            arrays = tuple([leaf if isinstance(leaf, Tensor) else from_array(leaf) for leaf in arrays])
             self.outcome.traced = tuple(leaf for leaf in arrays if is_differentiable(leaf))
         return part, tuple([output(leaf, self.like, inputs) for leaf in arrays])
 
@@ -161,7 +162,7 @@ def _address(tensor: Tensor) -> int | None:
 
 def is_array(leaf: Any) -> bool:
     """A tensor or a NumPy array or number."""
-    return isinstance(leaf, Tensor) or (hasattr(leaf, "__array_interface__") and hasattr(leaf, "dtype"))
+    return isinstance(leaf, Tensor | np.ndarray) or (hasattr(leaf, "__array_interface__") and hasattr(leaf, "dtype"))
 
 
 def from_array(array: Any, device: torch.device | None = None) -> Tensor:

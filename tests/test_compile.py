@@ -12,6 +12,7 @@ from helpers import all_of, assert_close, live, loss, total
 from problems import ELEMENTWISE, HOLOMORPHIC, MATRIX, RESHAPED, TREE, VECTOR, WHOLE, vector_exact, vector_f
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import functorch_inverse as fi
 
@@ -414,3 +415,102 @@ def check_result_is_its_own():
 
 def test_result_is_its_own():
     run_fresh(check_result_is_its_own)
+
+
+# --- after a graph break ---------------------------------------------------------------------------
+
+PUSHED = torch.tensor([[3.0, 1.0, 0.0], [1.0, 4.0, 1.0], [0.0, 1.0, 5.0]], dtype=torch.float64)
+
+
+def partly(function, **options):
+    torch._dynamo.reset()
+    return torch.compile(function, backend="aot_eager", **options)
+
+
+def check_graph_breaks():
+    """What runs between two graphs runs as in eager torch; a g of NumPy is traced, or not, with the same result."""
+    numpy = lambda x: np.arcsinh(x.numpy())  # noqa: E731
+    opaque = lambda x: torch.from_numpy(np.arcsinh(np.array(x.tolist())))  # noqa: E731
+    exact_slope = 1 / (1 + X * X).sqrt()
+    cases = {}
+    for event_dim in (0, 1, None):
+        for name, g, full in (("numpy", numpy, False), ("numpy, whole", numpy, True), ("opaque", opaque, False)):
+            h = fi.custom_inverse(g, torch.sinh, event_dim=event_dim)
+            cases[f"{name}, {event_dim}"] = (
+                lambda h=h, full=full: autograd(lambda x: (partly(h, fullgraph=full)(x),), (X,)),
+                lambda: autograd(lambda x: (torch.asinh(x),), (X,)),
+            )
+        h = fi.custom_inverse(opaque, torch.sinh, event_dim=event_dim)
+        cases[f"grad of compiled, {event_dim}"] = (
+            lambda h=h: (grad(lambda x: partly(h)(x).sum())(X),),
+            lambda: (exact_slope,),
+        )
+    for solver in (fi.GMRES(), fi.BiCGStab(), fi.CG()):
+        cases[repr(solver)] = (lambda solver=solver: with_matrix(solver), lambda: with_matrix(None))
+    report(cases)
+
+
+def with_matrix(solver):
+    """Derivatives to x and to a loose tensor that f closes over."""
+    W, x = live((PUSHED, X))
+    exact = lambda x: torch.linalg.solve(W, x)  # noqa: E731
+    h = exact if solver is None else partly(fi.custom_inverse(exact, lambda y: W @ y, linear_solver=solver))
+    return torch.autograd.grad(h(x).sin().sum(), (x, W))
+
+
+def test_graph_breaks():
+    run_fresh(check_graph_breaks)
+
+
+# --- other tracers ---------------------------------------------------------------------------------
+
+
+def slopes_of(h):
+    return vmap(grad(lambda x: h(x).sum()))
+
+
+class Exported(torch.nn.Module):
+    def __init__(self, h):
+        super().__init__()
+        self.h = h
+
+    def forward(self, x):
+        return self.h(x)
+
+
+def check_other_tracers():
+    """make_fx and torch.export see an operator, and no values that would be constants in their graphs."""
+    g = fi.black_box(np.arcsinh)
+    other = 2 * X + 1
+    value, slope = torch.asinh(other), 1 / (1 + other * other).sqrt()
+    structured = fi.black_box(lambda x: {"y": np.arcsinh(x), "n": x.sum()}, result=lambda x: {"y": x, "n": x.sum()})
+    rules = {
+        "black box": (g, None),
+        "structured": (lambda x: structured(x)["y"], None),
+        "inverse": (fi.custom_inverse(g, torch.sinh, event_dim=1), slope),
+        "elementwise": (fi.custom_inverse(g, torch.sinh, event_dim=0), slope),
+        "root": (fi.custom_root(g, lambda y, x: torch.sinh(y) - x, event_dim=1), slope),
+        "jacobian": (fi.custom_jacobian(g, lambda x: 1 / (1 + x * x).sqrt(), event_dim=0), slope),
+    }
+    cases = {}
+    for name, (h, known) in rules.items():
+        for mode in ("real", "fake", "symbolic"):
+            cases[f"{name}, {mode}"] = (lambda h=h, mode=mode: (make_fx(h, tracing_mode=mode)(X)(other),), lambda: (value,))
+            if known is not None:
+                per_sample = slopes_of(h)
+                cases[f"slope of {name}, {mode}"] = (
+                    lambda d=per_sample, mode=mode: (make_fx(d, tracing_mode=mode)(X[None])(other[None]),),
+                    lambda: (slope[None],),
+                )
+        cases[f"{name}, before autograd"] = (lambda h=h: (make_fx(h, pre_dispatch=True)(X)(other),), lambda: (value,))
+        cases[f"{name}, exported"] = (
+            lambda h=h: (torch.export.export(Exported(h), (X,), strict=False).module()(other),),
+            lambda: (value,),
+        )
+    report(cases)
+    with pytest.raises(NotImplementedError, match=re.escape("torch.export records what transforms do")):
+        torch.export.export(Exported(vmap(rules["inverse"][0])), (X[None],), strict=False)
+
+
+def test_other_tracers():
+    run_fresh(check_other_tracers)
