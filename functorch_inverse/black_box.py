@@ -77,7 +77,7 @@ class _Values:
         # A graph that is being recorded would have the values as constants, without a word.
         if not _torch.recorded() or not Partition.of(given)[1]:
             return self.arrays(given)
-        outputs, _ = call(self.token, given)
+        outputs, _ = call(self.token, given, self.arrays.result is not None)
         return self.arrays.arranged(given, outputs)
 
 
@@ -166,7 +166,7 @@ def black_box(
 
 
 def _traced(box: BlackBoxFunction, args: tuple[Tree, ...], kwargs: dict[str, Tree]) -> Tree:
-    outputs, tensors = call(box.token, (args, kwargs))
+    outputs, tensors = call(box.token, (args, kwargs), box.arrays.result is not None)
     if _torch.forward_levels():
         # Forward mode through an operator without a formula would be silently zero.
         lost = [t for t in tensors if is_differentiable(t)]

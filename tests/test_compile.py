@@ -514,3 +514,20 @@ def check_other_tracers():
 
 def test_other_tracers():
     run_fresh(check_other_tracers)
+
+
+# --- numbers ---------------------------------------------------------------------------------------
+
+
+def check_numbers():
+    """Without a tensor nothing is known of an opaque result: eager torch takes over, or an error says so."""
+    h = fi.custom_inverse(fi.black_box(np.arcsinh), torch.sinh, event_dim=0)
+    assert_close((partly(h)(0.5),), (h(0.5),))
+    with pytest.raises(Exception, match="there is no tensor among the"):
+        compiled(h)(0.5)
+    number = fi.custom_inverse(lambda x: torch.tensor(x).asinh(), torch.sinh, event_dim=0)
+    assert_close((compiled(number)(0.5),), (number(0.5),))
+
+
+def test_numbers():
+    run_fresh(check_numbers)
