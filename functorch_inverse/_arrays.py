@@ -40,6 +40,13 @@ class OnArrays:
             args, kwargs = part.join([torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors])
             return self.result(*args, **kwargs)
 
+    def arranged(self, call: tuple[tuple[Tree, ...], dict[str, Tree]], outputs: Sequence[Tensor]) -> Tree:
+        """What is returned, from the tensors in it; without `result` there is but one."""
+        if self.result is None:
+            return outputs[0]
+        args, kwargs = call
+        return Partition.of(self.result(*args, **kwargs))[0].join(outputs)
+
 
 def _to_array(tensor: Tensor) -> Any:
     tensor = tensor.detach().cpu().resolve_conj().resolve_neg()

@@ -57,10 +57,13 @@ class _Once(Function):
 
     @staticmethod
     def forward(ctx: Any, rule: Rule, n_y: int, n_x: int, wanted: tuple[int, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
-        output = tuple(t.detach().clone() for t in tensors[:n_y])
+        after = n_y + n_x
         ctx.rule, ctx.n_y, ctx.n_x, ctx.wanted = rule, n_y, n_x, wanted
-        ctx.save_for_backward(*output, *tensors[n_y:])
-        return output
+        # Dynamo hands on what is saved as it is when the region ends, and nobody asks for its version: what is read must be
+        # out of reach of operations in place. A compiler that fuses copies nothing.
+        y, theta = tuple([t.detach() for t in tensors[:n_y]]), tuple([t.detach().clone() for t in tensors[after:]])
+        ctx.save_for_backward(*y, *tensors[n_y:after], *theta)
+        return tuple([t.clone() for t in y])
 
     @staticmethod
     def backward(ctx: Any, *v: Tensor) -> tuple[Tensor | None, ...]:

@@ -26,7 +26,14 @@ def evaluate(box: BlackBox, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _evaluate(tensors: Sequence[Tensor], box: BlackBox) -> tuple[Tensor, ...]:
-    return _values(box, tensors) if _torch.transforms_active() else box(*[t.detach() for t in tensors])
+    if not _torch.transforms_active():
+        return box(*[t.detach() for t in tensors])
+    if _torch.recorded_above_autograd():
+        raise NotImplementedError(
+            f"`{box.caller}`: torch.export records what transforms do to tensors, and would lose what is done inside of one "
+            "here. Export with strict=True, or leave vmap and grad out of what is exported and use leading batch dims."
+        )
+    return _values(box, tensors)
 
 
 def _values(box: BlackBox, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

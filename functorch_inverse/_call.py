@@ -67,6 +67,7 @@ class Problem:
         raise NotImplementedError
 
 
+@_torch.called_eagerly
 def solve(problem: Problem, x: Tree, args: tuple[Tree, ...], kwargs: dict[str, Any]) -> Tree:
     """g(x, *args, **kwargs) with its derivatives to x, args and whatever the evidence closes over."""
     given = Given.of(x, args, kwargs)

@@ -50,9 +50,17 @@ def own_node(tensor: Tensor) -> Tensor:
     return own if own.requires_grad else own.requires_grad_()
 
 
+def _at_current_level(tensor: Tensor) -> Tensor:
+    """A tensor as an untracked constant of the innermost open transform."""
+    if torch.compiler.is_dynamo_compiling():  # nothing escapes a trace
+        return tensor
+    now = _torch.current_level()
+    return tensor if now is None or _torch.level(tensor) >= now else _torch.wrap_for_grad(tensor, now)
+
+
 def leveled(tensors: Tensors) -> list[Tensor]:
     """Constants of this level, so that a tensor of a lower one in f is seen to come from elsewhere."""
-    return [_torch.at_current_level(t) for t in tensors]
+    return [_at_current_level(t) for t in tensors]
 
 
 def _replaced(tensors: Tensors, places: Sequence[int], chosen: Tensors) -> list[Tensor]:

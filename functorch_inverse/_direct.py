@@ -23,6 +23,7 @@ from functorch_inverse._graph import Graph, check_graph
 from functorch_inverse._hooks import unhooked
 from functorch_inverse._in_place import keeping
 from functorch_inverse._inverse import InverseProblem
+from functorch_inverse._levels import plain_apply
 from functorch_inverse._pullback import GraphPullback, Tensors, in_torch
 from functorch_inverse._reach import Opaque
 from functorch_inverse._rules import ImplicitRule
@@ -44,6 +45,7 @@ _RESULTS = (Tensor, Deferred)
 _LARGE = 2**12
 
 
+@_torch.called_eagerly
 def solve_inverse(problem: InverseProblem, x: Tree, args: tuple[Tree, ...], kwargs: dict[str, Any]) -> Tree:
     """g(x, *args, **kwargs) with its derivatives to x, args and whatever f closes over."""
     given, grad = (x, *args), torch.is_grad_enabled()
@@ -258,7 +260,7 @@ class _Short(Function):
             return _pulled(ctx, ctx.saved_tensors, v)
 
 
-_apply = _torch.plain_apply(_Short)
+_apply = plain_apply(_Short)
 
 
 def _pulled(ctx: Any, saved: Tensors, v: Tensor) -> tuple[Tensor | None, ...]:

@@ -15,7 +15,7 @@ from functorch_inverse import _torch
 from functorch_inverse._hooks import unhooked
 from functorch_inverse._transforms import Transform, alive, follows, innermost
 
-__all__ = ["Attached", "Dims", "Task", "announced", "followed", "memory_of", "run", "signed", "sink"]
+__all__ = ["Attached", "Dims", "Task", "announced", "followed", "memory_of", "plain_apply", "run", "signed", "sink"]
 
 Tensors: TypeAlias = Sequence[Tensor]
 Optional: TypeAlias = Sequence[Tensor | None]
@@ -193,8 +193,18 @@ class _Followed(Function):
         return task.mapped(in_dims[3:], info.batch_size, info.randomness, tensors)
 
 
+def plain_apply(function: Any) -> Any:
+    """The apply of an autograd.Function for those who look for open transforms by themselves.
+
+    Torch does at every call, and hands over to a class of this base that it makes for one level.
+    """
+    rules = {name: rule for name, rule in vars(function).items() if isinstance(rule, staticmethod)}
+    single: Any = type(function.__name__, (_torch.SingleLevelFunction,), rules | _torch.for_compiled_autograd)
+    return single.apply
+
+
 # What `Function.apply` does before, it does for other classes.
-_apply: Callable[..., tuple[Tensor, ...]] = _torch.plain_apply(_Followed)
+_apply: Callable[..., tuple[Tensor, ...]] = plain_apply(_Followed)
 
 
 def announced(function: Callable[..., Any], tensors: Tensors, *args: Any) -> Any:

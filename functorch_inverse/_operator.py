@@ -44,10 +44,15 @@ def register(callee: Callee) -> str:
     return token
 
 
-def call(token: str, tree: Tree) -> tuple[list[Tensor], list[Tensor]]:
+def call(token: str, tree: Tree, has_result: bool) -> tuple[list[Tensor], list[Tensor]]:
     """The output tensors for a tree of arguments, and the tensors in that tree."""
     given = _Given([], [], [])
     structure = _encode(tree, given)
+    if not (given.tensors or has_result):
+        raise StructureError(
+            f"`{_CALLER}`: under torch.compile an output like the first tensor is assumed, and there is no tensor among the "
+            "arguments. Pass torch.as_tensor(x), or result=lambda *args: ... returning tensors of fn's shapes and dtypes."
+        )
     return _operator(given.tensors, given.ints, given.floats, token, structure, ""), given.tensors
 
 

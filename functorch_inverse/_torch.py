@@ -5,7 +5,7 @@ A new torch that renames one of them breaks here, at import, and says so.
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,9 +41,15 @@ try:
     from torch._C._autograd import _push_saved_tensors_default_hooks as push_hooks
     from torch._C._autograd import _top_saved_tensors_default_hooks as top_hooks
 
+    # What Dynamo does with a frame of some code, and with those inside it.
+    from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
+
     # The level of torch.func.jvp: nested forward mode is wrong without the mend below.
     from torch._functorch import eager_transforms
     from torch._functorch.pyfunctorch import coerce_cinterpreter as interpreter_in_python
+
+    # Who records operations above autograd.
+    from torch._ops import _get_dispatch_mode_pre_dispatch as _above_autograd
 
     # Tensors without data, for what the user says of a result.
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -52,7 +58,7 @@ try:
     from torch._VF import _make_dual, _unpack_dual
 
     # The base of autograd.Function which knows of no transforms, and what it lacks.
-    from torch.autograd.function import _SingleLevelFunction
+    from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
 
     # A small backward pass without the checks of torch.autograd.grad, which cost as much again.
     from torch.autograd.variable import Variable
@@ -60,6 +66,7 @@ try:
     # The containers in which torch functions take and return tensors.
     from torch.utils._pytree import tree_leaves, tree_map
 
+    _PROXY, _FAKE = _TorchDispatchModeKey.PROXY, _TorchDispatchModeKey.FAKE
     no_torch_function: Any = _disabled_torch_function_impl
     set_grad_enabled: Any = _set_grad_enabled  # a context manager costs five times as much
     push_dispatch_mode: Any = _push_on_torch_dispatch_stack  # takes anything that dispatches
@@ -67,7 +74,7 @@ try:
     is_wrapped, wrap_for_grad = _functorch.is_functorch_wrapped_tensor, _functorch._wrap_for_grad
     add_batch_dim, remove_batch_dim = _functorch._add_batch_dim, _functorch._remove_batch_dim
     # The transform that wraps a tensor, counted from the outermost; -1 for a plain one, -2 where it is closed.
-    level = _functorch.maybe_get_level
+    level, current_level = _functorch.maybe_get_level, _functorch.maybe_current_level
     unwrapped, batch_dim = _functorch.get_unwrapped, _functorch.maybe_get_bdim
     # The open transforms, of which the innermost can be taken off for a while.
     peek_transform, pop_transform, push_transform = (
@@ -81,7 +88,7 @@ try:
     single_level_allowed = _functorch.get_single_level_autograd_function_allowed
     allow_single_level = _functorch.set_single_level_autograd_function_allowed
     forward_mode = forward_ad._set_fwd_grad_enabled
-    _FOR_COMPILED_AUTOGRAD = {"_compiled_autograd_key": staticmethod(torch.autograd.Function._compiled_autograd_key)}
+    for_compiled_autograd = {"_compiled_autograd_key": staticmethod(torch.autograd.Function._compiled_autograd_key)}
 
     # The vmap of is_grads_batched and torch.autograd.functional, which does not ask a Function for its rule: its tensors
     # have no values to show, and go one by one through an operator that it does not know.
@@ -95,18 +102,19 @@ except (ImportError, AttributeError) as error:
     ) from error
 
 Tensors: TypeAlias = tuple[Tensor, ...]
+F = TypeVar("F")
 
 __all__ = [
-    "GradInterpreter", "JvpInterpreter", "RandomnessType", "TransformType", "VmapInterpreter", "add_batch_dim",
-    "allow_single_level", "at_current_level", "autocasts", "batch_dim", "can_inspect", "can_record", "close_vmap",
-    "derivative_order", "dispatch_modes_open", "dual", "dual_level_open", "fake_mode", "forward_levels", "forward_mode",
-    "forward_mode_again", "forward_mode_available", "full_precision", "function_mode_active", "graph_grad", "graph_is_kept",
-    "in_jvp", "interpreter_in_python", "is_legacy_batched", "is_recorded", "is_tracked", "is_wrapped", "level", "mark",
-    "no_functions", "no_torch_function", "open_vmap", "peek_transform", "plain", "plain_apply", "pop_dispatch_mode",
-    "pop_hooks", "pop_transform", "primal", "push_dispatch_mode", "push_hooks", "push_transform", "recording",
-    "remove_batch_dim", "set_grad_enabled", "shapes_into", "single_level_allowed", "storage_holders", "tangent", "top_hooks",
-    "traced_derivatives_possible", "traced_transforms", "transforms_active", "tree_leaves", "tree_map", "undisturbed",
-    "unwrapped", "wrap_for_grad", "wrapper",
+    "GradInterpreter", "JvpInterpreter", "RandomnessType", "SingleLevelFunction", "TransformType", "VmapInterpreter",
+    "add_batch_dim", "allow_single_level", "autocasts", "batch_dim", "called_eagerly", "can_inspect", "can_record",
+    "close_vmap", "current_level", "derivative_order", "dispatch_modes_open", "dual", "dual_level_open", "fake_mode",
+    "for_compiled_autograd", "forward_levels", "forward_mode", "forward_mode_again", "full_precision", "function_mode_active",
+    "graph_grad", "graph_is_kept", "in_jvp", "interpreter_in_python", "is_legacy_batched", "is_recorded", "is_tracked",
+    "is_wrapped", "level", "mark", "no_functions", "no_torch_function", "open_vmap", "peek_transform", "plain",
+    "pop_dispatch_mode", "pop_hooks", "pop_transform", "primal", "push_dispatch_mode", "push_hooks", "push_transform",
+    "recorded", "recorded_above_autograd", "recording", "remove_batch_dim", "set_grad_enabled", "shapes_into",
+    "single_level_allowed", "storage_holders", "tangent", "top_hooks", "traced_derivatives_possible", "traced_transforms",
+    "transforms_active", "tree_leaves", "tree_map", "undisturbed", "unwrapped", "wrap_for_grad", "wrapper",
 ]  # fmt: skip
 
 _NO_CONTEXT = nullcontext()
@@ -140,14 +148,6 @@ def undisturbed() -> bool:
 def function_mode_active() -> bool:
     """Whether a TorchFunctionMode watches what is called; never so while Dynamo traces."""
     return not torch.compiler.is_dynamo_compiling() and _is_torch_function_mode_enabled()
-
-
-def at_current_level(tensor: Tensor) -> Tensor:
-    """A tensor as an untracked constant of the innermost open transform."""
-    if torch.compiler.is_dynamo_compiling():  # nothing escapes a trace
-        return tensor
-    now = _functorch.maybe_current_level()
-    return tensor if now is None or level(tensor) >= now else wrap_for_grad(tensor, now)
 
 
 def is_recorded(tensor: Tensor) -> bool:
@@ -190,13 +190,21 @@ def mark(tensor: Tensor) -> Any:
     return (tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride(), tensor.dtype) if known else None
 
 
+def recorded() -> bool:
+    """Whether make_fx, torch.export or a FakeTensorMode is at work: to them, what leaves torch is a constant or no value."""
+    return (_get_dispatch_mode(_PROXY) or _get_dispatch_mode(_FAKE) or _above_autograd(_PROXY)) is not None
+
+
+def recorded_above_autograd() -> bool:
+    """Whether torch.export records: the transforms themselves, and all that is done to tensors in between."""
+    return _above_autograd(_PROXY) is not None
+
+
 def can_inspect(tensor: Tensor) -> bool:
     """Whether Python may look at a tensor's values: not wrapped, traced, fake, meta or captured."""
     if torch.compiler.is_dynamo_compiling():
         return False
-    keys = _TorchDispatchModeKey
-    traced = _get_dispatch_mode(keys.PROXY) is not None or _get_dispatch_mode(keys.FAKE) is not None
-    if traced or tensor.is_meta or is_wrapped(tensor):
+    if recorded() or tensor.is_meta or is_wrapped(tensor):
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
@@ -239,12 +247,6 @@ def forward_mode_again() -> AbstractContextManager[None]:
     return _forward_mode_again() if eager_transforms.JVP_NESTING else _NO_CONTEXT
 
 
-def forward_mode_available() -> bool:
-    """Whether torch.func.jvp can be opened here: not inside a plain dual level, and not under Dynamo."""
-    open_to_it = not dual_level_open() or in_jvp()
-    return open_to_it and not torch.compiler.is_dynamo_compiling()
-
-
 def wrapper(cls: Any, shape: Any, like: Tensor) -> Any:
     """A tensor without data that calls `__torch_dispatch__` of its class."""
     return Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
@@ -270,8 +272,7 @@ def primal(tensor: Tensor | None) -> Tensor | None:
 
 def tangent(tensor: Tensor) -> Tensor | None:
     """That of the innermost level."""
-    found: Tensor | None = _unpack_dual(tensor, level=0)[1]
-    return found
+    return _unpack_dual(tensor, level=0)[1]
 
 
 def dual(tensor: Tensor, moved: Tensor) -> Tensor:
@@ -290,11 +291,10 @@ def full_precision(tensor: Tensor) -> AbstractContextManager[None]:
     return torch.autocast(tensor.device.type, enabled=False) if autocasts(tensor) else _NO_CONTEXT
 
 
-def plain_apply(function: Any) -> Any:
-    """The apply of an autograd.Function for those who look for open transforms by themselves.
+def called_eagerly(function: F) -> F:
+    """A function whose calls Dynamo leaves alone, with all that they call, where it cannot trace them into a caller's graph.
 
-    Torch does at every call, and hands over to a class of this base that it makes for one level.
+    After a graph break it would trace frames inside of them, each of which then takes itself for a part of that graph.
     """
-    rules = {name: rule for name, rule in vars(function).items() if isinstance(rule, staticmethod)}
-    twin: Any = type(function.__name__, (_SingleLevelFunction,), rules | _FOR_COMPILED_AUTOGRAD)
-    return twin.apply
+    set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))  # type: ignore[attr-defined]
+    return function

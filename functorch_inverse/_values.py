@@ -127,7 +127,8 @@ class BlackBox:
             raise StructureError(
                 f"`{self.caller}`: g returned {type(y).__name__} without any tensor or array in it. {instead_of(y)}"
             )
-        if torch.compiler.is_dynamo_compiling():
+        if torch.compiler.is_dynamo_compiling():  # which traces NumPy into operations of torch
+            arrays = tuple([leaf if isinstance(leaf, Tensor) else from_array(leaf) for leaf in arrays])
             self.outcome.traced = tuple(leaf for leaf in arrays if is_differentiable(leaf))
         return part, list(arrays)
 
@@ -155,7 +156,7 @@ def output(held: list[Any], like: Tensor | None) -> Tensor:
     settled = like is None or (tensor.dtype is like.dtype and tensor.device == like.device)
     if like is not None and not settled and is_differentiable(tensor):
         tensor = tensor.to(device=like.device, dtype=same_precision(tensor.dtype, like.dtype))
-    if torch.compiler.is_dynamo_compiling():  # which removes what is of no use
+    if torch.compiler.is_dynamo_compiling():  # nobody can tell; it removes copies that are of no use
         return tensor.clone()
     return tensor if array or _is_its_own(tensor) else tensor.clone()
 
@@ -176,7 +177,7 @@ _ALONE = 2
 
 def is_array(leaf: Any) -> bool:
     """A tensor or a NumPy array or number."""
-    return isinstance(leaf, Tensor) or (hasattr(leaf, "__array_interface__") and hasattr(leaf, "dtype"))
+    return isinstance(leaf, Tensor | np.ndarray) or (hasattr(leaf, "__array_interface__") and hasattr(leaf, "dtype"))
 
 
 def from_array(array: Any, device: torch.device | None = None) -> Tensor:

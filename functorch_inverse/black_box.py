@@ -66,6 +66,21 @@ class _OpaqueProblem(Problem):
         return attach(_Unknown(self.caller), values.leaves, (), given.x_tensors)
 
 
+@dataclass(frozen=True)
+class _Values:
+    """A black box on plain tensors, as a function of (args, kwargs)."""
+
+    arrays: OnArrays
+    token: str
+
+    def __call__(self, given: tuple[tuple[Tree, ...], dict[str, Tree]]) -> Tree:
+        # A graph that is being recorded would have the values as constants, without a word.
+        if not _torch.recorded() or not Partition.of(given)[1]:
+            return self.arrays(given)
+        outputs, _ = call(self.token, given, self.arrays.result is not None)
+        return self.arrays.arranged(given, outputs)
+
+
 class BlackBoxFunction:
     """A function of NumPy arrays as a function of tensors: what `black_box` returns.
 
@@ -76,14 +91,16 @@ class BlackBoxFunction:
         self.__wrapped__: Callable[..., Any]
         functools.update_wrapper(self, fn, updated=())
         self.arrays, self.vmap_method, self.loop = OnArrays(fn, result), method, loop
-        self.problem = _OpaqueProblem(
-            caller=_CALLER, g=self.arrays, vmap_method=method, loop=loop, keeps_dtypes=True
-        )
-        self.token = register(self)
+        self._register()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.token = register(self)  # a copy is another black box to the compiler
+        self._register()  # a copy is another black box to the compiler
+
+    def _register(self) -> None:
+        self.token = register(self)
+        g = _Values(self.arrays, self.token)
+        self.problem = _OpaqueProblem(caller=_CALLER, g=g, vmap_method=self.vmap_method, loop=self.loop, keeps_dtypes=True)
 
     def __repr__(self) -> str:
         return f"black_box({getattr(self.__wrapped__, '__name__', self.__wrapped__)})"
@@ -149,11 +166,9 @@ def black_box(
 
 
 def _traced(box: BlackBoxFunction, args: tuple[Tree, ...], kwargs: dict[str, Tree]) -> Tree:
-    outputs, tensors = call(box.token, (args, kwargs))
+    outputs, tensors = call(box.token, (args, kwargs), box.arrays.result is not None)
     if _torch.forward_levels():
         # Forward mode through an operator without a formula would be silently zero.
         lost = [t for t in tensors if is_differentiable(t)]
         outputs = [poisoned([t], lost)[0] if is_differentiable(t) else t for t in outputs]
-    if box.arrays.result is None:
-        return outputs[0]
-    return Partition.of(box.arrays.result(*args, **kwargs))[0].join(outputs)
+    return box.arrays.arranged((args, kwargs), outputs)

@@ -151,14 +151,14 @@ class CustomJacobian:
 
     def __call__(self, *args: Tree, **kwargs: Any) -> Tree:
         """fn(*args, **kwargs)."""
-        if kwargs:
-            self.parameters.check(self.problem.caller, kwargs, len(args))
         numbers = self.argnums if isinstance(self.argnums, tuple) else (self.argnums,)
         if max(numbers) >= len(args):
             raise TypeError(
                 f"`{self.problem.caller}`: argnums={self.argnums} needs {max(numbers) + 1} positional arguments, "
                 f"{len(args)} arrived. Pass the arguments to differentiate by position."
             )
+        if kwargs:
+            self.parameters.check(self.problem.caller, kwargs, len(args))
         chosen = tuple(args[i] for i in numbers)
         others = tuple(arg for i, arg in enumerate(args) if i not in numbers)
         return solve(self.problem, chosen if isinstance(self.argnums, tuple) else chosen[0], others, kwargs)

@@ -193,11 +193,17 @@ def _jacobian(
     sizes = [prod(t.shape[len(batch) :]) for t in (*y, *outputs)]
     ins, outs = sum(sizes[: len(y)]), sum(sizes[len(y) :])
     chunk = chunk_of(chunk_size, max(ins, outs), batch.numel() * ins * outs, lambda: widest(nodes_below(roots)))
-    if ins < outs and _torch.forward_mode_available():
+    if ins < outs and _forward_mode_available():
         columns = _forward(f, y, outputs, batch, chunk)
         if columns is not None:
             return columns
     return [_rows(pull, outputs, i, y, batch, chunk) for i in range(len(outputs))]
+
+
+def _forward_mode_available() -> bool:
+    """Whether torch.func.jvp can be opened here: not inside a plain dual level, and not under Dynamo."""
+    open_to_it = not _torch.dual_level_open() or _torch.in_jvp()
+    return open_to_it and not torch.compiler.is_dynamo_compiling()
 
 
 def _check(outputs: Sequence[Any], y: Sequence[Tensor], batch: torch.Size) -> None:

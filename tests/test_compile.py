@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 
+import numpy as np
 import optree
 import pytest
 import torch
@@ -11,6 +12,7 @@ from helpers import all_of, assert_close, live, loss, total
 from problems import ELEMENTWISE, HOLOMORPHIC, MATRIX, RESHAPED, TREE, VECTOR, WHOLE, vector_exact, vector_f
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import functorch_inverse as fi
 
@@ -311,3 +313,221 @@ def vector_exact_at_C(x):
 
 def test_compiled_autograd():
     run_fresh(check_compiled_autograd)
+
+
+# --- operations in place ---------------------------------------------------------------------------
+
+
+def scaled_asinh(x, a):
+    return torch.asinh(x) * a
+
+
+def in_place_rules(event_dim):
+    """asinh(x) * a in every way there is, by a g that torch cannot look into where one is needed."""
+    g, f = fi.black_box(lambda x, a: np.arcsinh(x) * a), lambda y, a: torch.sinh(y / a)
+    slopes = lambda x, a: (a / (1 + x * x).sqrt(), torch.asinh(x))  # noqa: E731
+    square = slopes if event_dim == 0 else lambda x, a: tuple(map(torch.diag_embed, slopes(x, a)))
+    return {
+        "custom_inverse": fi.custom_inverse(g, f, event_dim=event_dim),
+        "traced": fi.custom_inverse(scaled_asinh, f, event_dim=event_dim),
+        "custom_root": fi.custom_root(g, lambda y, x, a: f(y, a) - x, event_dim=event_dim),
+        "custom_jacobian": fi.custom_jacobian(g, square, argnums=(0, 1), event_dim=event_dim),
+        "invert": fi.invert(f, event_dim=event_dim),
+    }
+
+
+def writes_to_y(h, x, a):
+    y = h(x, a)
+    y.mul_(2)
+    return y
+
+
+def writes_to_args(h, x, a):
+    x, a = x * 1, a * 1
+    y = h(x, a)
+    x.mul_(5)
+    a.mul_(3)
+    return y * a
+
+
+# What is computed, and the same without operations in place.
+IN_PLACE = {
+    "y": (writes_to_y, lambda x, a: 2 * scaled_asinh(x, a)),
+    "args": (writes_to_args, lambda x, a: 3 * a * scaled_asinh(x, a)),
+}
+REAL = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64), torch.tensor([1.5, 0.7, 2.0], dtype=torch.float64)
+
+
+def check_in_place(event_dim, backend):
+    cases = {}
+    for rule, h in in_place_rules(event_dim).items():
+        for name, (function, exact) in IN_PLACE.items():
+            cases[f"{rule}, {name}"] = (
+                lambda h=h, function=function: autograd_of(compiled(lambda *i: function(h, *i), backend=backend)),
+                lambda exact=exact: autograd_of(exact),
+            )
+    report(cases)
+
+
+def autograd_of(function):
+    return autograd(lambda *inputs: (function(*inputs),), REAL)
+
+
+@pytest.mark.parametrize(("event_dim", "backend"), [(0, "aot_eager"), (1, "eager"), (None, "aot_eager")])
+def test_operations_in_place_after_a_call(event_dim, backend):
+    run_fresh(check_in_place, event_dim, backend)
+
+
+def check_in_place_more():
+    """With inductor, and inside transforms."""
+    rules = in_place_rules(0)
+    slope = lambda h: grad(lambda *i: writes_to_y(h, *i).sin().sum(), (0, 1))  # noqa: E731
+    push = lambda h: lambda *i: jvp(lambda *i: writes_to_y(h, *i), i, i)  # noqa: E731
+    y_doubled = IN_PLACE["y"][1]
+    exact_slope = grad(lambda *i: y_doubled(*i).sin().sum(), (0, 1))
+    cases = {
+        name: (
+            lambda function=function: autograd_of(compiled(lambda *i: function(rules["traced"], *i), backend="inductor")),
+            lambda exact=exact: autograd_of(exact),
+        )
+        for name, (function, exact) in IN_PLACE.items()
+    }
+    for name in ("custom_inverse", "custom_jacobian"):
+        cases[f"grad, {name}"] = (lambda h=rules[name]: compiled(slope(h))(*REAL), lambda: exact_slope(*REAL))
+        cases[f"jvp, {name}"] = (lambda h=rules[name]: compiled(push(h))(*REAL), lambda: jvp(y_doubled, REAL, REAL))
+    report(cases)
+
+
+def test_operations_in_place_by_inductor_and_inside_transforms():
+    run_fresh(check_in_place_more)
+
+
+def check_result_is_its_own():
+    """A g that returns its input, or a view of it: who writes to y does not write to x."""
+    for g in (lambda x: x, lambda x: x.view(-1)):
+        for grad_mode in (torch.enable_grad, torch.no_grad):
+            x = X.clone()
+            with grad_mode():
+                step = compiled(lambda x, g=g: fi.custom_inverse(g, torch.clone)(x).mul_(2))
+                assert_close((step(x),), (2 * X,))
+            assert_close((x,), (X,))
+
+
+def test_result_is_its_own():
+    run_fresh(check_result_is_its_own)
+
+
+# --- after a graph break ---------------------------------------------------------------------------
+
+PUSHED = torch.tensor([[3.0, 1.0, 0.0], [1.0, 4.0, 1.0], [0.0, 1.0, 5.0]], dtype=torch.float64)
+
+
+def partly(function, **options):
+    torch._dynamo.reset()
+    return torch.compile(function, backend="aot_eager", **options)
+
+
+def check_graph_breaks():
+    """What runs between two graphs runs as in eager torch; a g of NumPy is traced, or not, with the same result."""
+    numpy = lambda x: np.arcsinh(x.numpy())  # noqa: E731
+    opaque = lambda x: torch.from_numpy(np.arcsinh(np.array(x.tolist())))  # noqa: E731
+    exact_slope = 1 / (1 + X * X).sqrt()
+    cases = {}
+    for event_dim in (0, 1, None):
+        for name, g, full in (("numpy", numpy, False), ("numpy, whole", numpy, True), ("opaque", opaque, False)):
+            h = fi.custom_inverse(g, torch.sinh, event_dim=event_dim)
+            cases[f"{name}, {event_dim}"] = (
+                lambda h=h, full=full: autograd(lambda x: (partly(h, fullgraph=full)(x),), (X,)),
+                lambda: autograd(lambda x: (torch.asinh(x),), (X,)),
+            )
+        h = fi.custom_inverse(opaque, torch.sinh, event_dim=event_dim)
+        cases[f"grad of compiled, {event_dim}"] = (
+            lambda h=h: (grad(lambda x: partly(h)(x).sum())(X),),
+            lambda: (exact_slope,),
+        )
+    for solver in (fi.GMRES(), fi.BiCGStab(), fi.CG()):
+        cases[repr(solver)] = (lambda solver=solver: with_matrix(solver), lambda: with_matrix(None))
+    report(cases)
+
+
+def with_matrix(solver):
+    """Derivatives to x and to a loose tensor that f closes over."""
+    W, x = live((PUSHED, X))
+    exact = lambda x: torch.linalg.solve(W, x)  # noqa: E731
+    h = exact if solver is None else partly(fi.custom_inverse(exact, lambda y: W @ y, linear_solver=solver))
+    return torch.autograd.grad(h(x).sin().sum(), (x, W))
+
+
+def test_graph_breaks():
+    run_fresh(check_graph_breaks)
+
+
+# --- other tracers ---------------------------------------------------------------------------------
+
+
+def slopes_of(h):
+    return vmap(grad(lambda x: h(x).sum()))
+
+
+class Exported(torch.nn.Module):
+    def __init__(self, h):
+        super().__init__()
+        self.h = h
+
+    def forward(self, x):
+        return self.h(x)
+
+
+def check_other_tracers():
+    """make_fx and torch.export see an operator, and no values that would be constants in their graphs."""
+    g = fi.black_box(np.arcsinh)
+    other = 2 * X + 1
+    value, slope = torch.asinh(other), 1 / (1 + other * other).sqrt()
+    structured = fi.black_box(lambda x: {"y": np.arcsinh(x), "n": x.sum()}, result=lambda x: {"y": x, "n": x.sum()})
+    rules = {
+        "black box": (g, None),
+        "structured": (lambda x: structured(x)["y"], None),
+        "inverse": (fi.custom_inverse(g, torch.sinh, event_dim=1), slope),
+        "elementwise": (fi.custom_inverse(g, torch.sinh, event_dim=0), slope),
+        "root": (fi.custom_root(g, lambda y, x: torch.sinh(y) - x, event_dim=1), slope),
+        "jacobian": (fi.custom_jacobian(g, lambda x: 1 / (1 + x * x).sqrt(), event_dim=0), slope),
+    }
+    cases = {}
+    for name, (h, known) in rules.items():
+        for mode in ("real", "fake", "symbolic"):
+            cases[f"{name}, {mode}"] = (lambda h=h, mode=mode: (make_fx(h, tracing_mode=mode)(X)(other),), lambda: (value,))
+            if known is not None:
+                per_sample = slopes_of(h)
+                cases[f"slope of {name}, {mode}"] = (
+                    lambda d=per_sample, mode=mode: (make_fx(d, tracing_mode=mode)(X[None])(other[None]),),
+                    lambda: (slope[None],),
+                )
+        cases[f"{name}, before autograd"] = (lambda h=h: (make_fx(h, pre_dispatch=True)(X)(other),), lambda: (value,))
+        cases[f"{name}, exported"] = (
+            lambda h=h: (torch.export.export(Exported(h), (X,), strict=False).module()(other),),
+            lambda: (value,),
+        )
+    report(cases)
+    with pytest.raises(NotImplementedError, match=re.escape("torch.export records what transforms do")):
+        torch.export.export(Exported(vmap(rules["inverse"][0])), (X[None],), strict=False)
+
+
+def test_other_tracers():
+    run_fresh(check_other_tracers)
+
+
+# --- numbers ---------------------------------------------------------------------------------------
+
+
+def check_numbers():
+    """Without a tensor nothing is known of an opaque result: eager torch takes over, or an error says so."""
+    h = fi.custom_inverse(fi.black_box(np.arcsinh), torch.sinh, event_dim=0)
+    assert_close((partly(h)(0.5),), (h(0.5),))
+    with pytest.raises(Exception, match="there is no tensor among the"):
+        compiled(h)(0.5)
+    number = fi.custom_inverse(lambda x: torch.tensor(x).asinh(), torch.sinh, event_dim=0)
+    assert_close((compiled(number)(0.5),), (number(0.5),))
+
+
+def test_numbers():
+    run_fresh(check_numbers)
