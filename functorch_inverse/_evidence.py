@@ -22,7 +22,7 @@ class Evidence:
     """f(y, *args) on leaves: (y leaves, theta leaves) -> leaves, where theta = (args, constants of y, captured).
 
     `pick` takes what f returned to its leaves. The last `unread` of theta are nothing that f reads. With `by_graph`,
-    whoever evaluates it looks through the graph for what f reads besides.
+    whoever evaluates it looks through the graph for what f reads besides; `on_copies`, y is a copy that f may change.
     """
 
     f: Any
@@ -33,6 +33,7 @@ class Evidence:
     pick: Callable[[Tree], tuple[Tensor, ...]]
     unread: int = 0
     by_graph: bool = False
+    on_copies: bool = False
 
     def seen_by_graph(self) -> "Evidence":
         """The same for an evaluation by plain autograd, after which the whole graph is looked through."""
@@ -45,7 +46,8 @@ class Evidence:
         everything = self.y.join(merge(self.differentiable, y, theta[n:m]))
         with self.captured.running(theta[m:], (*y, *theta), watched=not self.by_graph, later=True):
             try:
-                result = keeping((*y, *theta), self.f, everything, *self.args.join(theta[:n]))
+                kept = theta if self.on_copies else (*y, *theta)
+                result = keeping(kept, self.f, everything, *self.args.join(theta[:n]))
             except RuntimeError as error:
                 if self.captured.loose and "INTERNAL ASSERT" in str(error):
                     _refuse_hidden_argument(error)

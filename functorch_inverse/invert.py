@@ -57,7 +57,7 @@ class _Values:
         captured = self._captured(wanted)
         rest, values = Partition.of(args)
         constants = [t for t in tensors if not is_differentiable(t)]
-        f = Evidence(_Guarded(self.f, [init is None]), whole, chosen, rest, captured, Pick(_CALLER, target))
+        f = Evidence(_Guarded(self.f, [init is None]), whole, chosen, rest, captured, Pick(_CALLER, target), on_copies=True)
         inverter = self._chosen(Layout.of(y, y_dims), y_dims + x_dims)
         inversion = Inversion(_CALLER, inverter, f, y_dims, x_dims)
         found = inversion(y, wanted, (*values, *constants, *captured.tensors))
