@@ -98,9 +98,9 @@ def _truth(p, each):
 def hessian(mode, b, n, dtype):
     """The product of the Hessian of sum(sin(g(x))) with v."""
     p = Vectors.draw(b, n, dtype)
-    ours, products = fi.custom_inverse(p.g, p.f, event_dim=1), {"jvp of grad": forward_over_reverse, "backward twice": twice}
+    ours = fi.custom_inverse(p.g, p.f, event_dim=1)
     calls = {OURS: ours, AFTERNOON: lambda x: _afternoon.Vectors.apply(p.g, p.f, x), **torch_peers(p)}
-    contenders = [Contender(name, lambda call=call: (products[mode](call, p.x, p.v),)) for name, call in calls.items()]
+    contenders = [Contender(name, lambda call=call: (PRODUCTS[mode](call, p.x, p.v),)) for name, call in calls.items()]
     limit = Contender(LIMIT, lambda: (product(p),))
     return Workload("Hessian-vector", f"{mode}, {b} x {n}", dtype, [limit, *contenders, *_in_jax(p)], (_exact(p),), {OURS: 4.0})
 
@@ -112,6 +112,9 @@ def forward_over_reverse(h, x, v):
 def twice(h, x, v):
     (first,) = torch.autograd.grad(torch.sin(h(x)).sum(), x, create_graph=True)
     return torch.autograd.grad(first, x, v)[0]
+
+
+PRODUCTS = {"jvp of grad": forward_over_reverse, "backward twice": twice}
 
 
 def product(p):
@@ -143,11 +146,14 @@ def _in_jax(p):
 
 
 def workloads(effort):
-    jacobians, hessians = ([(2, 3)],) * 2 if effort.tiny else ([(64, 16), (1024, 32)], [(64, 8), (1024, 32)])
+    small, large = [((2, 3), (2, 3))] * 2 if effort.tiny else (((64, 16), (64, 8)), ((1024, 32), (1024, 32)))
     for dtype in effort.dtypes:
-        yield from (jacobian(mode, True, b, n, dtype) for b, n in jacobians for mode in ORDERS)
-        yield from (jacobian(mode, False, *jacobians[0], dtype) for mode in ORDERS)
-        yield from (hessian(mode, b, n, dtype) for b, n in hessians for mode in ("jvp of grad", "backward twice"))
+        for each in (True, False):
+            yield from (jacobian(mode, each, *small[0], dtype) for mode in ORDERS)
+        yield from (hessian(mode, *small[1], dtype) for mode in PRODUCTS)
+    for dtype in effort.dtypes:
+        yield from (jacobian(mode, True, *large[0], dtype) for mode in ORDERS)
+        yield from (hessian(mode, *large[1], dtype) for mode in PRODUCTS)
 
 
 def rows(effort):
