@@ -21,7 +21,7 @@ from functorch_inverse._chunks import chunk_of, jacobian, widest
 from functorch_inverse._deferred import SMALL, Deferred, ForGraph
 from functorch_inverse._graph import Graph, check_graph
 from functorch_inverse._hooks import unhooked
-from functorch_inverse._in_place import keeping
+from functorch_inverse._in_place import check_unchanged, keeping
 from functorch_inverse._inverse import InverseProblem
 from functorch_inverse._levels import plain_apply
 from functorch_inverse._pullback import GraphPullback, Tensors, in_torch
@@ -169,7 +169,13 @@ class _Way:
         if self.captured.changes() is not None:
             with self.captured.running((), later=True):
                 return keeping((y, *theta), in_torch, self.evidence, y, *theta)
-        return keeping((y, *theta), in_torch, self.f if y.nbytes >= SMALL else self.evidence, y, *theta)
+        f = self.f if y.nbytes >= SMALL else self.evidence
+        if theta:
+            return keeping((y, *theta), in_torch, f, y, *theta)
+        before, out = y._version, in_torch(f, y)  # as `keeping` does, for one tensor
+        if y._version != before:
+            check_unchanged([before], (y,))
+        return out
 
 
 class _Pull(NamedTuple):
@@ -256,6 +262,8 @@ class _Short(Function):
     def backward(ctx: Any, v: Tensor | None) -> tuple[Tensor | None, ...]:
         if v is None:
             return (None,) * len(ctx.needs_input_grad)
+        if _torch.top_hooks(False) is None:
+            return _pulled(ctx, ctx.saved_tensors, v)
         with unhooked():
             return _pulled(ctx, ctx.saved_tensors, v)
 
