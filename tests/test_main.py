@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def test_everything_is_right_as_json():
     assert report["compositions"] == {c.name: dict.fromkeys(EAGER + COMPILED, "right") for c in COLUMNS}
     assert [len(report["derivatives"][e.name]) for e in EXAMPLES] == [3 * 2 * 2 + 3 * 2 * 2, 5 + 5]
     assert all(n["right"] and n["error"] < 1e-6 for numbers in report["derivatives"].values() for n in numbers)
-    assert report["versions"]["torch"] == torch.__version__
+    assert report["versions"]["torch"] == version("torch")
     assert set(report["versions"]) == {"python", "torch", "optree", "numpy", "functorch_inverse"}
     assert report["devices"][0] == "cpu"
     assert report["right"] is True
@@ -47,7 +48,7 @@ def test_text():
     assert [line[2:24].strip() for line in table] == EAGER
     assert all([line[i : i + 18].strip() for i in (24, 42, 60, 78)] == ["right"] * 4 for line in table)
     assert sum("dq2/dl1" in line for line in lines) == 3
-    assert f"torch {torch.__version__}" in done.stdout
+    assert f"torch {version('torch')}," in done.stdout
     assert lines[-1] == "all right"
     assert done.returncode == 0
 
