@@ -103,6 +103,7 @@ class _Attachment:
         return run(_Attachment(batched, self.n_y, self.n_x), led), (0,) * self.n_y
 
     def keep(self, ctx: Any, tensors: Tensors, output: Tensors) -> Tensors:
+        """y and theta."""
         first, after = self.n_y, self.n_y + self.n_x
         ctx.rule, ctx.n_y, ctx.n_x, ctx.kept = self.rule, self.n_y, self.n_x, (None, None)
         ctx.x = [Like(t.shape, t.dtype) for t in tensors[first:after]]

@@ -31,7 +31,7 @@ def _evaluate(tensors: Sequence[Tensor], box: BlackBox) -> tuple[Tensor, ...]:
     if _torch.recorded_above_autograd():
         raise NotImplementedError(
             f"`{box.caller}`: torch.export records what transforms do to tensors, and would lose what is done inside of one "
-            "here. Export with strict=True, or leave vmap and grad out of what is exported and use leading batch dims."
+            "here. Leave vmap and grad out of what is exported, and use leading batch dims."
         )
     return _values(box, tensors)
 

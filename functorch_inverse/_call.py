@@ -119,7 +119,7 @@ class Given:
 def _eager(problem: Problem, given: Given) -> Tree:
     if _torch.plain() and not problem.check:
         return _evaluate(problem, given).result()
-    if live(given.kwarg_tensors) or live(Captured.of(Sight(*given.kwargs.others)).tensors):
+    if live(given.kwarg_tensors) or (given.kwargs.others and live(Captured.of(Sight(*given.kwargs.others)).tensors)):
         _refuse_live_keyword(problem.caller)
     problem.refuse_lost(given)
     captured = Captured.of(given.sight(problem, 1), _wanted(given))
@@ -141,7 +141,8 @@ def _traced(problem: Problem, given: Given) -> Tree:
             f"`{problem.caller}`: check=True looks at values, which torch.compile cannot; leave it out of the "
             "compiled region, or call check_inverse beside it."
         )
-    if any(t.requires_grad for t in given.kwarg_tensors):
+    parameters = [p for leaf in given.kwargs.others if isinstance(leaf, torch.nn.Module) for p in leaf.parameters()]
+    if any(t.requires_grad for t in (*given.kwarg_tensors, *parameters)):
         _refuse_live_keyword(problem.caller)
     values = _evaluate(problem, given)
     if not _torch.traced_derivatives_possible():

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from functorch_inverse import _torch
-from functorch_inverse._changes import Changes, Frozen, Refusing, changes, tensors_in, version
+from functorch_inverse._changes import Changes, Frozen, Refusing, changes, layers, tensors_in, version
 from functorch_inverse._reach import Reach, Slots, slots_of
 from functorch_inverse._sight import Sight
 from functorch_inverse._transforms import has_history, is_live, is_open
@@ -168,7 +168,7 @@ class Captured:
 
     def reading(self, tensors: Sequence[Tensor]) -> "Captured":
         """Without those which are not among these, that f does read."""
-        read, n = set(map(id, tensors)), len(self.slots)
+        read, n = {key for t in tensors for key in layers(t)}, len(self.slots)
         kept = [k for k, t in enumerate(self.loose) if id(t) in read or not has_history(t) or self._is_named(t)]
         own = [self.tensors[n + k] for k in kept]
         return replace(self, loose=tuple([self.loose[k] for k in kept]), tensors=(*self.tensors[:n], *own))
@@ -177,6 +177,7 @@ class Captured:
         """Whether what was reached has neither been changed in place nor got a derivative."""
         reached = self.reach.tensors if self.reach else ()
         return not reached or (not any(map(is_open, reached)) and tuple(map(version, reached)) == self.versions)
+
 
 # A module's parameters are swapped in place: two threads must not do so at once, and none may take what another
 # thread put there for the parameters themselves.

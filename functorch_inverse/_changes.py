@@ -15,7 +15,7 @@ from functorch_inverse._reach import Reach, Slots, slots_of
 from functorch_inverse._transforms import is_open
 from functorch_inverse.errors import NoDerivativeError
 
-__all__ = ["Changes", "Frozen", "Refusing", "changes", "tensors_in", "version"]
+__all__ = ["Changes", "Frozen", "Refusing", "changes", "layers", "tensors_in", "version"]
 
 
 class Frozen(NamedTuple):
@@ -28,13 +28,17 @@ class Frozen(NamedTuple):
     @property
     def moved(self) -> bool:
         """Whether something else has its place now."""
-        return any(space.get(name) is not self.tensor for space, name in self.slots)
+        return any(_held(space, name) is not self.tensor for space, name in self.slots)
 
     def now(self) -> "Frozen":
         """As it is at present."""
-        space, name = self.slots[0]
-        tensor = space.get(name)
+        tensor = _held(*self.slots[0])
         return self if tensor is None else Frozen(self.slots, tensor, version(tensor))
+
+
+def _held(space: Any, name: str) -> Tensor | None:
+    # Those of a scripted module are no dicts.
+    return space[name] if name in space else None  # noqa: SIM401
 
 
 class Changes(NamedTuple):
@@ -47,7 +51,8 @@ class Changes(NamedTuple):
 def changes(then: Reach, now: Reach, versions: Sequence[int], known: Sequence[Tensor], frozen: Sequence[Frozen]) -> Changes:
     """Between two walks, the first with the `versions` of its tensors; changes of `known` ones show by themselves."""
     if then.numbers != now.numbers:
-        name = next(name for name, value in then.numbers.items() if now.numbers.get(name) != value)
+        both = (*then.numbers, *now.numbers)  # what is a number now may have been a tensor
+        name = next(name for name in both if then.numbers.get(name) != now.numbers.get(name))
         _refuse(f"the number `{name}`", "exchanged")
     suspects: dict[int, tuple[Tensor, str]] = {}
     if now is not then:
@@ -77,19 +82,24 @@ class Refusing(TorchFunctionMode):
         self.suspects = suspects
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {})) if func.__name__ == "__get__" else None
-        if func.__name__ != "__get__" or isinstance(result, Tensor):  # a shape or a dtype is no value
-            for tensor in tensors_in(args, kwargs):
-                _, what = self.suspects.get(id(_plain(tensor)), (None, None))
-                if what is not None:
-                    _refuse(f"a tensor of shape {tuple(tensor.shape)}", what)
-        return result if func.__name__ == "__get__" else func(*args, **(kwargs or {}))
+        result = None
+        if func.__name__ == "__get__":
+            result = func(*args, **(kwargs or {}))
+            if not isinstance(result, Tensor):  # a shape or a dtype is no value
+                return result
+        for tensor in tensors_in(args, kwargs):
+            what = next((self.suspects[key][1] for key in layers(tensor) if key in self.suspects), None)
+            if what is not None:
+                _refuse(f"a tensor of shape {tuple(tensor.shape)}", what)
+        return func(*args, **(kwargs or {})) if result is None else result
 
 
-def _plain(tensor: Tensor) -> Tensor:
+def layers(tensor: Tensor) -> Iterator[int]:
+    """The ids of a tensor and of what transforms inside of f have wrapped in it."""
+    yield id(tensor)
     while _torch.is_wrapped(tensor):
         tensor = _torch.unwrapped(tensor)
-    return tensor
+        yield id(tensor)
 
 
 def tensors_in(*trees: Any) -> Iterator[Tensor]:

@@ -94,8 +94,9 @@ class JacobianProblem(Problem):
 
     def refuse_lost(self, given: Given) -> None:
         """Only x has a known derivative."""
-        closures = Captured.of(Sight(self.g, self.evidence, *given.args.others)).tensors
-        for tensors, where in ((given.arg_tensors, "an argument outside `argnums`"), (closures, "what fn closes over")):
+        closures, others = Captured.of(Sight(self.g, self.evidence)).tensors, Captured.of(Sight(*given.args.others)).tensors
+        arguments = (*given.arg_tensors, *others)
+        for tensors, where in ((arguments, "an argument outside `argnums`"), (closures, "what fn closes over")):
             if live(tensors):
                 self._refuse(where)
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import numpy as np
 import optree
 import torch
 from torch import Tensor, nn
@@ -50,7 +49,12 @@ def is_number(leaf: Any) -> bool:
     return isinstance(leaf, Tensor | int | float | complex)
 
 
-_DATA = (type(None), bool, int, float, complex, str, bytes, Tensor, np.generic, np.ndarray, torch.dtype, torch.device)
+_DATA = (type(None), bool, int, float, complex, str, bytes, Tensor, torch.dtype, torch.device)
+
+
+def _may_hold(leaf: Any) -> bool:
+    """Whether there may be tensors in it: not in NumPy's numbers and arrays of numbers."""
+    return bool(getattr(getattr(leaf, "dtype", None), "hasobject", True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +70,7 @@ class Partition:
     @property
     def others(self) -> list[Any]:
         """Leaves that are neither chosen nor data: modules, functions, objects."""
-        return [leaf for leaf in self.mould if not isinstance(leaf, _DATA)]
+        return [leaf for leaf in self.mould if not isinstance(leaf, _DATA) and _may_hold(leaf)]
 
     @classmethod
     def of(cls, tree: Tree, chosen: Any = lambda leaf: isinstance(leaf, Tensor)) -> "tuple[Partition, tuple[Tensor, ...]]":

@@ -1,9 +1,13 @@
 """What f can reach and does not read may change between forward and backward; what it reads may not."""
 
 import threading
+import types
+import warnings
 
+import numpy as np
 import pytest
 import torch
+from fresh import run_fresh
 from helpers import assert_close
 from torch import nn
 from torch.func import functional_call, grad, jacrev, jvp, vmap
@@ -202,6 +206,39 @@ def test_what_f_reads_must_not_change(name, how, event_dim):
         torch.autograd.grad(y.sum(), x)
 
 
+@pytest.mark.parametrize("reads", [False, True])
+def test_what_is_wrapped_by_a_transform_is_known_again(reads):
+    """It is exchanged between a call and its derivative, both inside of torch.func.grad."""
+    layer = Layer()
+    f = (lambda y: torch.sinh(layer.held * y)) if reads else (lambda y: torch.sinh(2 * y))
+    holder = types.SimpleNamespace(f=f, layer=layer)
+    h = fi.custom_inverse(lambda x: torch.asinh(x) / 2, lambda y: holder.f(y), event_dim=1)
+
+    def number(x):
+        layer.held = 2 + 0 * x.sum()
+        y = h(x)
+        layer.held = 5 + 0 * x.sum()
+        return y.sum()
+
+    if reads:
+        with pytest.raises(fi.NoDerivativeError, match="exchanged"):
+            grad(number)(X)
+    else:
+        assert_close(grad(number)(X), 1 / (2 * (1 + X * X).sqrt()))
+
+
+@pytest.mark.parametrize("event_dim", [1, None])
+def test_a_frozen_scripted_module(event_dim):
+    """It keeps its parameters in something that is no dict."""
+    net = linear().requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated
+        scripted = torch.jit.script(net)
+    x = X[0].clone().requires_grad_()
+    h = fi.custom_inverse(lambda x: solved(x, net), lambda y: scripted(y), event_dim=event_dim)
+    assert_close(torch.autograd.grad(h(x).sin().sum(), x), torch.autograd.grad(solved(x, net).sin().sum(), x))
+
+
 def test_shapes_of_what_has_changed_may_be_read():
     held = torch.ones(2, 3, dtype=torch.float64)
     h = fi.custom_inverse(lambda x: torch.asinh(x / 6), lambda y: held.shape[0] * held.size(1) * y.sinh(), event_dim=0)
@@ -230,6 +267,16 @@ def test_a_number_in_a_closure_that_changes_is_an_error(event_dim, order):
         total = total + h(x).sum()
     with pytest.raises(fi.NoDerivativeError, match=r"the number `c` .* exchanged"):
         torch.autograd.grad(total, x, create_graph=order == 2)
+
+
+@pytest.mark.parametrize("event_dim", [0, 1])
+def test_a_tensor_that_becomes_a_number_is_an_error(event_dim):
+    c, x = torch.tensor(2.0, dtype=torch.float64), X.clone().requires_grad_()
+    h = fi.custom_inverse(lambda x: torch.asinh(x) / 2, lambda y: torch.sinh(c * y), event_dim=event_dim)
+    y = h(x)
+    c = 3.0
+    with pytest.raises(fi.NoDerivativeError, match=r"the number `c` .* exchanged"):
+        torch.autograd.grad(y.sum(), x)
 
 
 def test_a_number_that_stays():
@@ -267,7 +314,7 @@ def linear():
 
 
 def solved(x, net):
-    return torch.linalg.solve(net.weight, (x - net.bias).mT).mT
+    return torch.linalg.solve(net.weight, (x - net.bias).unsqueeze(-1)).squeeze(-1)
 
 
 RULES = {
@@ -329,6 +376,37 @@ def test_a_module_whose_derivative_would_be_lost_is_an_error(call, live):
         call(x, net)
     net.requires_grad_(False)
     assert call(x, net).requires_grad == live
+
+
+def test_the_error_says_that_it_is_an_argument():
+    with pytest.raises(fi.NoDerivativeError, match="an argument outside `argnums`"):
+        fi.finite_difference(lambda x, n: n(x), event_dim=1)(X, linear())
+
+
+def test_tensors_in_an_array_of_objects_are_followed():
+    """And arrays of numbers are data."""
+    c, x = torch.tensor(2.0, dtype=torch.float64, requires_grad=True), X.clone().requires_grad_()
+    held = np.empty(1, dtype=object)
+    held[0] = c
+    h = fi.custom_inverse(lambda x, a, b: torch.asinh(x) / a[0].detach() - b[0], lambda y, a, b: torch.sinh((y + b[0]) * a[0]))
+    got = torch.autograd.grad(h(x, held, np.ones(1)).sum(), (x, c))
+    assert_close(got, torch.autograd.grad((torch.asinh(x) / c - 1).sum(), (x, c)))
+
+
+def check_compiled_module_as_keyword():
+    net = linear()
+    h = fi.custom_inverse(lambda x, n: solved(x, n), lambda y: y @ W.mT, event_dim=1)
+    call = torch.compile(lambda x: h(x, n=net), fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match="keyword argument carries a derivative"):
+        call(X.clone().requires_grad_())
+    net.requires_grad_(False)
+    x = X.clone().requires_grad_()
+    torch._dynamo.reset()
+    assert_close(torch.autograd.grad(call(x).sum(), x), torch.autograd.grad(solved(x, net).sum(), x))
+
+
+def test_compiled_module_as_keyword():
+    run_fresh(check_compiled_module_as_keyword)
 
 
 # --- at the same time ------------------------------------------------------------------------------
