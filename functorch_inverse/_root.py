@@ -102,7 +102,8 @@ class StepResidual:
         return tuple(a - b for a, b in zip(after, before, strict=True))
 
 
-@dataclass(frozen=True)
+# Made under torch.compile, which until torch 2.12 asks for the hash of what it calls before there are any fields.
+@dataclass(frozen=True, eq=False)
 class _Pick:
     """The floating leaves of a residual, in whatever structure it has."""
 

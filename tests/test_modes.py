@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from helpers import RELATIVE_ERROR, assert_close, assert_close_to_exact, every_problem, live, loss, some_problems, total
+from helpers import (
+    RELATIVE_ERROR,
+    assert_close,
+    assert_close_to_exact,
+    every_problem,
+    inference_tensors_in_transforms,
+    live,
+    loss,
+    some_problems,
+    total,
+)
 from torch.func import hessian, jacrev, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -69,6 +79,7 @@ def scaled(a, b):
     return torch.asinh(a) / b
 
 
+@inference_tensors_in_transforms
 @every_nesting
 @every_rule
 @every_event_dim
@@ -80,6 +91,7 @@ def test_transforms_in_inference_mode(nesting, rule, event_dim):
     assert_close(found, nesting(lambda a: scaled(a, B), A))
 
 
+@inference_tensors_in_transforms
 @every_nesting
 @every_rule
 @every_event_dim

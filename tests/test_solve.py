@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import assert_close, inference_tensors_in_transforms
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import functorch_inverse as fi
@@ -277,6 +277,7 @@ def test_complex_numbers():
 # --- where it runs -----------------------------------------------------------------------------------
 
 
+@inference_tensors_in_transforms
 @pytest.mark.parametrize("transform", [jacrev, jacfwd, lambda h: jacfwd(jacrev(h)), lambda h: jacrev(jacrev(h))])
 def test_in_inference_mode(transform):
     """There is no graph to be had, and none is needed."""
