@@ -285,7 +285,7 @@ def _pulled(ctx: Any, saved: Tensors, v: Tensor) -> tuple[Tensor | None, ...]:
     u = pull.solve(v)
     if not pull.chosen:
         return None, None, None, None, u, *[None] * len(wanted)
-    received = iter(_torch.graph_grad((pull.output,), pull.chosen, (-u,)))
+    received = iter(_torch.graph_grad((pull.output,), pull.chosen, (-u,), zeros=False))
     return None, None, None, None, u, *[next(received) if flag else None for flag in wanted]
 
 

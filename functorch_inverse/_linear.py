@@ -132,7 +132,7 @@ class Linearised:
         # Whoever wrote the solver may change what is given, or give it back.
         return target.unpack(each_column(one, columns, packed.clone()))
 
-    def to_theta(self, u: Tensors) -> tuple[Tensor, ...]:
+    def to_theta(self, u: Tensors) -> Optional:
         """C^T u."""
         pullback = self.A.pullback
         return pullback.to_theta(tuple(t.to(o.dtype) for t, o in zip(u, pullback.outputs, strict=True)))

@@ -57,8 +57,8 @@ class Pullback:
         """(df/dy)^T times one set of cotangents."""
         raise NotImplementedError
 
-    def to_theta(self, cotangents: Tensors) -> tuple[Tensor, ...]:
-        """(df/dtheta)^T times one set of cotangents, for the wanted theta."""
+    def to_theta(self, cotangents: Tensors) -> tuple[Tensor | None, ...]:
+        """(df/dtheta)^T times one set of cotangents, for the wanted theta; None, like torch, where f does not read one."""
         raise NotImplementedError
 
     def push(self, tangents: Tensors) -> tuple[Tensor, ...]:
@@ -140,8 +140,9 @@ class GraphPullback(Pullback):
     def to_y(self, cotangents: Tensors) -> tuple[Tensor, ...]:
         return self._grad(self.y, cotangents)
 
-    def to_theta(self, cotangents: Tensors) -> tuple[Tensor, ...]:
-        return self._grad(self.theta, cotangents)
+    def to_theta(self, cotangents: Tensors) -> tuple[Tensor | None, ...]:
+        outputs, grads = dependent(self.outputs, cotangents)
+        return _torch.graph_grad(outputs, tuple(self.theta), grads, zeros=False)
 
     def _grad(self, inputs: list[Tensor], cotangents: Tensors) -> tuple[Tensor, ...]:
         outputs, grads = dependent(self.outputs, cotangents)
@@ -162,6 +163,9 @@ class _RecordedPullback(GraphPullback):
         self.theta = [leaves[i] for i in wanted]
         self.outputs = _evaluate(f, self.y, leaves)
         check_graph(self.outputs, self.y, leaves)
+
+    def to_theta(self, cotangents: Tensors) -> tuple[Tensor, ...]:
+        return self._grad(self.theta, cotangents)
 
     def _run(self, outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return torch.autograd.grad(outputs, inputs, grads, create_graph=True, materialize_grads=True)

@@ -109,7 +109,7 @@ class ImplicitRule:
         if torch.compiler.is_dynamo_compiling() or self._is_first(y, theta):
             at = Linearised(self.equation, self.linear_solver, y, theta, layout, wanted)
             solve_: Callable[[Tensors], Tensors] = functools.partial(at.solve, transpose=True)
-            to_theta: Callable[[Tensors], Tensors] = at.to_theta
+            to_theta: Callable[[Tensors], Optional] = at.to_theta
         else:
             solve_ = functools.partial(solve, self.system, y=y, theta=theta, x=layout, transpose=True)
             to_theta = functools.partial(self.system.to_theta, y=y, theta=theta, x=layout, wanted=wanted)
@@ -172,15 +172,15 @@ class ImplicitRule:
 
 def _pull(
     solve: Callable[[Tensors], Tensors],
-    to_theta: Callable[[Tensors], Tensors],
+    to_theta: Callable[[Tensors], Optional],
     y: Tensors,
     n_x: int,
     dtypes: Sequence[torch.dtype],
     v: Optional,
-) -> tuple[Tensors, Tensors]:
+) -> tuple[Tensors, Optional]:
     u = solve(widen([torch.zeros_like(t) if c is None else c for c, t in zip(v, y, strict=True)]))
     received = to_theta([-t for t in u]) if dtypes else ()
-    return u[:n_x], tuple(t.to(d) for t, d in zip(received, dtypes, strict=True))
+    return u[:n_x], tuple(None if t is None else t.to(d) for t, d in zip(received, dtypes, strict=True))
 
 
 def move(y: Tensor, step: Tensor, live: Tensors) -> Tensor:

@@ -168,9 +168,11 @@ def in_jvp() -> bool:
     return eager_transforms.JVP_NESTING > 0
 
 
-def graph_grad(outputs: Tensors, inputs: Tensors, cotangents: Tensors, *, graph: bool = False) -> Tensors:
-    """torch.autograd.grad of a graph that stays, with zeros where an input is not reached; `graph`: with one of its own."""
+def graph_grad(outputs: Tensors, inputs: Tensors, cotangents: Tensors, *, graph: bool = False, zeros: bool = True) -> Any:
+    """torch.autograd.grad of a graph that stays; `graph`: with one of its own; `zeros`, not None, where none is reached."""
     grads = _run_backward(outputs, cotangents, True, graph, inputs, allow_unreachable=True, accumulate_grad=False)
+    if not zeros:
+        return grads
     return tuple([torch.zeros_like(t) if g is None else g for t, g in zip(inputs, grads, strict=True)])
 
 
@@ -202,9 +204,7 @@ def recorded_above_autograd() -> bool:
 
 def can_inspect(tensor: Tensor) -> bool:
     """Whether Python may look at a tensor's values: not wrapped, traced, fake, meta or captured."""
-    if torch.compiler.is_dynamo_compiling():
-        return False
-    if recorded() or tensor.is_meta or is_wrapped(tensor):
+    if torch.compiler.is_dynamo_compiling() or recorded() or tensor.is_meta or is_wrapped(tensor):
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 

@@ -815,3 +815,49 @@ def test_a_closure_as_an_argument_of_an_inner_transform(name):
     A = torch.func.jacrev(inner)(y, W)
     want = -torch.func.vjp(lambda W: inner(y, W), W)[1](torch.linalg.solve(A.mT, 2 * y))[0]
     assert_close([torch.func.grad(handed_over)(W)], [want], 1e-12)
+
+
+# --- what f does not read --------------------------------------------------------------------------
+
+
+class Siblings(torch.nn.Module):
+    """f is a method, so it reaches `other`, which it never reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.own, self.other = (torch.nn.Parameter(torch.tensor(1.5, dtype=torch.float64)) for _ in range(2))
+
+    def f(self, y):
+        return torch.sinh(self.own * y)
+
+    def g(self, x):
+        return torch.asinh(x) / self.own
+
+
+@pytest.mark.parametrize("event_dim", [0, 1, None])
+@pytest.mark.parametrize("rule", ["inverse", "root", "fixed point", "invert"])
+def test_what_f_does_not_read_receives_nothing(rule, event_dim):
+    """None, as from torch, not zeros, with which weight decay and momentum would move it."""
+    net, x = Siblings(), torch.tensor([0.4, -0.3], dtype=torch.float64, requires_grad=True)
+    h = {
+        "inverse": lambda: fi.custom_inverse(net.g, net.f, event_dim=event_dim),
+        "root": lambda: fi.custom_root(net.g, lambda y, x: net.f(y) - x, event_dim=event_dim),
+        "fixed point": lambda: fi.custom_fixed_point(net.g, lambda y, x: y - (net.f(y) - x) / 3, event_dim=event_dim),
+        "invert": lambda: fi.invert(net.f, event_dim=event_dim),
+    }[rule]()
+    for times in (1, 2):
+        h(x).sum().backward()
+        assert net.other.grad is None
+        assert_close([net.own.grad], [-times * (torch.asinh(x) / net.own**2).sum()], 1e-7)
+    assert_close([x.grad], [2 / (net.own * (1 + x * x).sqrt())], 1e-7)
+
+
+@pytest.mark.parametrize("event_dim", [0, 1])
+def test_an_argument_that_f_does_not_read(event_dim):
+    """torch says so, as it does of its own functions; torch.func gives zeros, as it does there."""
+    h = fi.custom_inverse(lambda x, b: torch.asinh(x) + 0 * b, lambda y, b: torch.sinh(y), event_dim=event_dim)
+    x, b = (torch.tensor([0.4, -0.3], dtype=torch.float64, requires_grad=True) for _ in range(2))
+    with pytest.raises(RuntimeError, match="appears to not have been used"):
+        torch.autograd.grad(h(x, b).sum(), (x, b))
+    assert torch.autograd.grad(h(x, b).sum(), (x, b), allow_unused=True)[1] is None
+    assert torch.equal(grad(lambda b: h(x.detach(), b).sum())(b.detach()), torch.zeros_like(b))
