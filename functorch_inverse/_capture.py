@@ -164,7 +164,7 @@ class Captured:
         return any(has_history(t) and not self._is_named(t) for t in self.loose)
 
     def _is_named(self, tensor: Tensor) -> bool:
-        return self.reach is not None and id(tensor) in self.reach.named
+        return self.reach is not None and self.reach.names(tensor)
 
     def reading(self, tensors: Sequence[Tensor]) -> "Captured":
         """Without those which are not among these, that f does read."""

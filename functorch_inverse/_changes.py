@@ -50,10 +50,9 @@ class Changes(NamedTuple):
 
 def changes(then: Reach, now: Reach, versions: Sequence[int], known: Sequence[Tensor], frozen: Sequence[Frozen]) -> Changes:
     """Between two walks, the first with the `versions` of its tensors; changes of `known` ones show by themselves."""
-    if then.numbers != now.numbers:
-        both = (*then.numbers, *now.numbers)  # what is a number now may have been a tensor
-        name = next(name for name in both if then.numbers.get(name) != now.numbers.get(name))
-        _refuse(f"the number `{name}`", "exchanged")
+    name = None if now is then else then.named.exchanged(now.named)
+    if name is not None:
+        _refuse(f"`{name}`", "exchanged", f" In a loop, a default keeps what it is: `lambda y, {name}={name}: ...`.")
     suspects: dict[int, tuple[Tensor, str]] = {}
     if now is not then:
         before, after = ({id(t): t for t in (*reach.modules, *reach.tensors)} for reach in (then, now))
@@ -107,8 +106,9 @@ def tensors_in(*trees: Any) -> Iterator[Tensor]:
     return (leaf for leaf in _torch.tree_leaves(trees) if isinstance(leaf, Tensor))
 
 
-def _refuse(which: str, what: str) -> NoReturn:
+def _refuse(which: str, what: str, more: str = "") -> NoReturn:
     raise NoDerivativeError(
         f"{which} that f closes over was {what} between the forward pass and the derivative, which would then be wrong or "
         "lost. Leave what f reads as it is until then; better, hand it over as an argument: g(x, tensor) with f(y, tensor)."
+        f"{more}"
     )

@@ -4,7 +4,6 @@ The walk follows references as the garbage collector sees them, and globals by t
 mentions. Where it meets something that it cannot look into, it says so.
 """
 
-import dis
 import functools
 import gc
 import operator
@@ -19,14 +18,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from functorch_inverse._named import Named, content, in_library
+
 __all__ = ["Opaque", "Reach", "Slots", "slots_of"]
 
 _ATOMS = frozenset({
     type(None), bool, int, float, complex, str, bytes, bytearray, range, type(...), type(NotImplemented),
     torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format, types.CodeType,
 })  # fmt: skip
-# What belongs to these holds no tensor of the user's, except in instances and closures.
-_LIBRARIES = frozenset(sys.stdlib_module_names) - {"__main__"} | {"torch", "numpy", "scipy", "optree", "functorch_inverse"}
 # Names that reach what no walk can follow.
 _DYNAMIC = frozenset({
     "eval", "exec", "globals", "locals", "vars", "__import__", "import_module", "__globals__", "__dict__",
@@ -64,9 +63,7 @@ class Reach:
     tensors: list[Tensor] = field(default_factory=list)
     complete: bool = True
     trail: "_Trail | None" = None
-    # What Python functions read by name in their closures and globals: numbers, and ids of tensors.
-    numbers: dict[str, Any] = field(default_factory=dict)
-    named: frozenset[int] = frozenset()
+    named: Named = field(default_factory=Named)
 
     @classmethod
     def of(cls, *functions: Any) -> "Reach":
@@ -83,10 +80,12 @@ class Reach:
                 break
             queue.extend(walk.inside(found))
         reach.trail = walk.end()
-        named = [part for fn in functions if isinstance(fn, types.FunctionType) for part in _named(fn)]
-        reach.numbers = {name: value for name, value in named if type(value) in (int, float, complex)}
-        reach.named = frozenset([id(value) for _, value in named if isinstance(value, Tensor)])
+        reach.named = Named.of(functions)
         return reach
+
+    def names(self, tensor: Tensor) -> bool:
+        """Whether functions read a tensor by its name."""
+        return any(value is tensor for _, value in self.named.pairs)
 
 
 class Opaque:
@@ -187,11 +186,11 @@ class _Walk:
 
     def _function(self, fn: types.FunctionType) -> list[Any]:
         cells = fn.__closure__ or ()
-        parts = [*map(_content, cells), fn.__defaults__, fn.__kwdefaults__, fn.__dict__]
+        parts = [*map(content, cells), fn.__defaults__, fn.__kwdefaults__, fn.__dict__]
         for holder in (fn, *cells):
             self.referents(holder)
         space, modules = fn.__globals__, sys.modules
-        if _in_library(space.get("__name__")):
+        if in_library(space.get("__name__")):
             return parts
         names = _names(fn.__code__)
         if not names.isdisjoint(_DYNAMIC):
@@ -205,7 +204,7 @@ class _Walk:
         return parts
 
     def _namespace(self, module: types.ModuleType) -> list[Any]:
-        if _in_library(module.__name__):
+        if in_library(module.__name__):
             return []
         if "__getattr__" in vars(module):  # finds what is not there
             self.reach.complete = False
@@ -247,40 +246,16 @@ class _Walk:
         return None
 
 
-def _named(fn: types.FunctionType) -> list[tuple[str, Any]]:
-    """What a function reads by name, and the names."""
-    cells = zip(fn.__code__.co_freevars, map(_content, fn.__closure__ or ()), strict=True)
-    return [*cells, *[(name, fn.__globals__.get(name)) for name in _globals_read(fn.__code__)]]
-
-
-@functools.lru_cache(maxsize=4096)
-def _globals_read(code: types.CodeType) -> tuple[str, ...]:
-    inner = [name for const in code.co_consts if isinstance(const, types.CodeType) for name in _globals_read(const)]
-    own = [step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
-    return tuple(dict.fromkeys((*own, *inner)))
-
-
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not filled yet
-        return None
-
-
 @functools.lru_cache(maxsize=4096)
 def _library_class(cls: Any) -> bool:
     """Whether a class is what its library calls by its name; classes made at run time borrow modules."""
-    if not _in_library(cls.__module__):
+    if not in_library(cls.__module__):
         return False
     found: Any = sys.modules.get(cls.__module__)
     for name in cls.__qualname__.split("."):
         found = getattr(found, name, None)
     # C classes often hide from their module; they have no Python attributes to look at.
     return found is cls or not cls.__flags__ & (1 << 9)  # Py_TPFLAGS_HEAPTYPE
-
-
-def _in_library(name: Any) -> bool:
-    return isinstance(name, str) and name.partition(".")[0] in _LIBRARIES
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,8 +1,11 @@
 """What f can reach and does not read may change between forward and backward; what it reads may not."""
 
+import functools
+import pickle
 import threading
 import types
 import warnings
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -265,7 +268,7 @@ def test_a_number_in_a_closure_that_changes_is_an_error(event_dim, order):
     h = fi.custom_inverse(lambda x: torch.asinh(x) / c, lambda y: torch.sinh(c * y), event_dim=event_dim)
     for c in (1.0, 2.0, 3.0):  # noqa: B007
         total = total + h(x).sum()
-    with pytest.raises(fi.NoDerivativeError, match=r"the number `c` .* exchanged"):
+    with pytest.raises(fi.NoDerivativeError, match=r"`c` .* exchanged"):
         torch.autograd.grad(total, x, create_graph=order == 2)
 
 
@@ -275,8 +278,132 @@ def test_a_tensor_that_becomes_a_number_is_an_error(event_dim):
     h = fi.custom_inverse(lambda x: torch.asinh(x) / 2, lambda y: torch.sinh(c * y), event_dim=event_dim)
     y = h(x)
     c = 3.0
-    with pytest.raises(fi.NoDerivativeError, match=r"the number `c` .* exchanged"):
+    with pytest.raises(fi.NoDerivativeError, match=r"`c` .* exchanged"):
         torch.autograd.grad(y.sum(), x)
+
+
+K, SINH = 2.0, torch.sinh
+
+
+def scaled(y):
+    return K * y
+
+
+@functools.wraps(scaled)
+def decorated(*y):
+    return scaled(*y)
+
+
+class Scaled(nn.Module):
+    def forward(self, y):
+        return K * y
+
+    def method(self, y):
+        return K * y
+
+
+class Called:
+    def __call__(self, y):
+        return K * y
+
+
+READERS = {
+    "helper": lambda y: scaled(y),
+    "wrapper": decorated,
+    "partial": functools.partial(lambda k, y: K * k * y, 1.0),
+    "object": Called(),
+    "method": Scaled().method,
+    "module": Scaled(),
+    "module by name": lambda y, net=Scaled(): net(y),  # noqa: B008
+    "nested": lambda y: (lambda z: K * z)(y),
+    "vmap": torch.vmap(scaled),
+    "grad": grad(lambda y: (K / 2 * y * y).sum()),
+    "compiled": torch.compile(scaled, backend="eager"),
+    "rule": fi.custom_inverse(lambda x: x * K, lambda y: y / K, event_dim=0),
+}
+RULES = {
+    "inverse": lambda f: fi.custom_inverse(lambda x: x / K, f, event_dim=0),
+    "vectors": lambda f: fi.custom_inverse(lambda x: x / K, f, event_dim=1),
+    "root": lambda f: fi.custom_root(lambda x: x / K, lambda y, x: f(y) - x, event_dim=1),
+    "fixed point": lambda f: fi.custom_fixed_point(lambda x: x / K, lambda y, x: y - (f(y) - x) / 4, event_dim=1),
+    "jacobian": lambda f: fi.custom_jacobian(lambda x: x / K, lambda x: 1 / f(torch.ones_like(x)), event_dim=0),
+    "differences": lambda f: fi.finite_difference(lambda x: x * x / f(x), event_dim=0),
+    "invert": lambda f: fi.invert(f, event_dim=0),
+}
+
+
+@pytest.fixture
+def exchange_k(monkeypatch):
+    yield lambda: monkeypatch.setitem(globals(), "K", 3.0)
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("f", READERS.values(), ids=READERS)
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_a_global_that_is_read_far_inside(rule, f, exchange_k):
+    """By whatever calls whatever: K is 2 in the forward pass, and the derivative of K = 3 is not asked for."""
+    x = (X[0] + 1.5).requires_grad_()
+    h = rule(f)
+    assert_close(torch.autograd.grad(h(x).sum(), x)[0], torch.full_like(x, 0.5), 1e-7)
+    y = h(x).sum()
+    exchange_k()
+    with pytest.raises(fi.NoDerivativeError, match=r"`K` .* exchanged"):
+        torch.autograd.grad(y, x)
+
+
+THINGS = {
+    "function": (torch.sinh, torch.tanh),
+    "str": ("sinh", "tanh"),
+    "bool": (True, False),
+    "tuple": ((1.0, "a"), (2.0, "a")),
+    "np": (np.float64(2), np.float64(3)),
+    "fraction": (Fraction(1, 2), Fraction(1, 3)),
+    "module": (nn.Tanh(), nn.Softsign()),
+    "array": (np.ones(3), np.ones(3)),
+    "object": (types.SimpleNamespace(k=1.0), types.SimpleNamespace(k=2.0)),
+    "nothing": (None, 1.0),
+}
+
+
+@pytest.mark.parametrize(("before", "after"), THINGS.values(), ids=THINGS)
+def test_anything_that_f_names_and_that_is_exchanged_is_an_error(before, after):
+    thing, x = before, X.clone().requires_grad_()
+    y = fi.custom_inverse(torch.asinh, lambda y: (thing, torch.sinh(y))[1], event_dim=0)(x)
+    thing = after
+    with pytest.raises(fi.NoDerivativeError, match=r"`thing` .* exchanged.*lambda y, thing=thing"):
+        torch.autograd.grad(y.sum(), x)
+
+
+@pytest.mark.parametrize("value", [2.5, float("nan"), (1, (float("nan"), "a")), 10**30, torch.device("cpu"), None], ids=repr)
+def test_an_equal_value_may_take_the_place(value):
+    thing, x = value, X.clone().requires_grad_()
+    y = fi.custom_inverse(torch.asinh, lambda y: (thing, torch.sinh(y))[1], event_dim=0)(x)
+    thing = pickle.loads(pickle.dumps(value))
+    assert_close(torch.autograd.grad(y.sum(), x)[0], 1 / (1 + X * X).sqrt())
+
+
+def test_f_may_count_its_calls():
+    """A name that f sets is its own matter; so is what g alone reads."""
+    calls, of_g, last = 0, 0, None
+
+    def f(y):
+        nonlocal calls, last
+        calls, last = calls + 1, y.detach()
+        return torch.sinh(y)
+
+    def g(x):
+        nonlocal of_g
+        of_g += 1
+        return torch.asinh(x)
+
+    h, x = fi.custom_inverse(g, f, event_dim=0), X.clone().requires_grad_()
+    first, second = h(x).sum(), h(x).sum()
+    for total in (second, first):
+        (got,) = torch.autograd.grad(total, x, create_graph=True)
+        assert_close(got, 1 / (1 + x * x).sqrt())
+    assert calls > 1
+    assert of_g == 2
+    assert last is not None
 
 
 def test_a_number_that_stays():
