@@ -16,6 +16,7 @@ from torch.autograd import Function
 from functorch_inverse import _torch
 from functorch_inverse._composed import Tensors
 from functorch_inverse._levels import Dims, announced, followed, run
+from functorch_inverse._precision import full_precision
 from functorch_inverse._rules import Rule
 from functorch_inverse._transforms import alive, in_front
 from functorch_inverse._vectors import Like
@@ -69,7 +70,7 @@ class _Once(Function):
     def backward(ctx: Any, *v: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         y, x, theta = saved[: ctx.n_y], saved[ctx.n_y : ctx.n_y + ctx.n_x], saved[ctx.n_y + ctx.n_x :]
-        with _torch.full_precision(y[0]):
+        with full_precision(y[0]):
             u, received = ctx.rule.vjp(y, theta, x, list(ctx.wanted))(v)
         grads: list[Tensor | None] = [None] * len(theta)
         for i, t in zip(ctx.wanted, received, strict=True):
@@ -132,7 +133,7 @@ def pulled_back(ctx: Any, saved: Tensors, v: Optional) -> tuple[Tensor | None, .
     y, theta = saved[: ctx.n_y], saved[ctx.n_y :]
     wanted = [i for i, flag in enumerate(needed[after:]) if flag]
     plain = _torch.plain()
-    with _torch.full_precision(y[0]):
+    with full_precision(y[0]):
         before = ctx.kept  # once: another thread may be at it
         pull = before[1] if plain and before[0] == wanted else ctx.rule.vjp(y, theta, ctx.x, wanted)
         u, received = pull(v)

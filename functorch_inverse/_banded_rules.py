@@ -10,6 +10,7 @@ from torch.autograd import Function
 from functorch_inverse import _lapack, _torch
 from functorch_inverse._bands import Width, outer, product, transposed
 from functorch_inverse._cyclic import dominant_solve
+from functorch_inverse._legacy import through_vmap
 from functorch_inverse._preconditioner import probes
 from functorch_inverse._reduction import reduced_log_abs_det, reduced_solve
 from functorch_inverse._singular import has_to_wait, raise_if_singular
@@ -70,18 +71,11 @@ def _unfactorised(bands: Tensor, width: Width) -> tuple[Tensor, Tensor]:
 
 def _solved(bands: Tensor, lu: Tensor, pivots: Tensor, b: Tensor, width: Width, transpose: bool) -> Tensor:
     """X from the factors; the bands are read where there are none."""
-    if _torch.is_legacy_batched(b):
-        return _one_by_one(bands, lu, pivots, b, *width, transpose)
     if not lu.shape[0]:
         return dominant_solve(bands, width, b, transpose)
     if pivots.shape[-1]:
         return _lapack.solve(lu, pivots, b, width, transpose)
     return reduced_solve(lu[0], width, b, transpose)
-
-
-@torch.library.custom_op("functorch_inverse::banded_solve", mutates_args=())
-def _one_by_one(bands: Tensor, lu: Tensor, pivots: Tensor, b: Tensor, lower: int, upper: int, transpose: bool) -> Tensor:
-    return _solved(bands, lu, pivots, b, Width(lower, upper), transpose).contiguous()
 
 
 def _undefined(bands: Tensor) -> Tensor:
@@ -179,6 +173,7 @@ class Solve(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @through_vmap
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
         if g is None:
             return (None,) * 7
@@ -190,6 +185,7 @@ class Solve(Function):
         return ga, None, None, None, gb, None, None
 
     @staticmethod
+    @through_vmap
     def jvp(ctx: Any, da: Tensor | None, _lu: None, _p: None, _t: None, db: Tensor | None, *_: None) -> Tensor | None:
         with _torch.forward_mode_again():
             *factors, x = [_torch.primal(t) for t in ctx.saved_tensors]
@@ -229,11 +225,13 @@ class LogAbsDet(Function):
         ctx.save_for_forward(bands, taint)
 
     @staticmethod
+    @through_vmap
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         bands, taint = ctx.saved_tensors
         return g[..., None, None] * _gradient(bands, taint, ctx.width), None, None, None, None
 
     @staticmethod
+    @through_vmap
     def jvp(ctx: Any, da: Tensor, *_: None) -> Tensor:
         with _torch.forward_mode_again():
             bands, taint = [_torch.primal(t) for t in ctx.saved_tensors]

@@ -91,7 +91,7 @@ def _vmapped(box: BlackBox, batched: Sequence[bool], randomness: str) -> BlackBo
 
 # A new leading dim must not line up with a dim of an argument that has more dims than x: with x (n,) mapped to
 # (B, n), an argument (b, n) would meet B where it meant b. So x becomes (B, 1, n), and the ones go again
-# where no argument filled them.
+# where no argument filled them. Leaves of x with fewer batch dims than others get ones in their place, too.
 
 
 def _can_broadcast(box: BlackBox, tensors: Sequence[Tensor], batched: Sequence[bool]) -> bool:
@@ -104,8 +104,15 @@ def _can_broadcast(box: BlackBox, tensors: Sequence[Tensor], batched: Sequence[b
 
 
 def _sample_dims(box: BlackBox, tensors: Sequence[Tensor], batched: Sequence[bool]) -> int:
-    """The fewest dims of a leaf of x, without the new one."""
-    return min((tensors[i].ndim - batched[i] for i in box.x_places), default=0)
+    """The fewest dims of a leaf of x, without the new one, when all have as many batch dims."""
+    missing = _missing(box)
+    return min((tensors[i].ndim - batched[i] + missing[i] for i in box.x_places), default=0)
+
+
+def _missing(box: BlackBox) -> dict[int, int]:
+    """How many batch dims each leaf of x has less than others."""
+    most = max(box.batch_dims, default=0)
+    return {i: most - count for i, count in zip(box.x_places, box.batch_dims, strict=True)}
 
 
 def _surplus(box: BlackBox, tensors: Sequence[Tensor], batched: Sequence[bool]) -> int:
@@ -115,14 +122,15 @@ def _surplus(box: BlackBox, tensors: Sequence[Tensor], batched: Sequence[bool]) 
 
 
 def _broadcast(box: BlackBox, tensors: Sequence[Tensor], batched: Sequence[bool], size: int) -> tuple[Tensor, ...]:
-    ones = _surplus(box, tensors, batched)
+    ones, missing = _surplus(box, tensors, batched), _missing(box)
     led = [
-        (t if b else t.expand(size, *t.shape)).reshape(size, *(1,) * ones, *t.shape[int(b) :])
-        if b or i in box.x_places
+        (t if b else t.expand(size, *t.shape)).reshape(size, *(1,) * (ones + missing.get(i, 0)), *t.shape[int(b) :])
+        if b or i in missing
         else t
         for i, (t, b) in enumerate(zip(tensors, batched, strict=True))
     ]
-    results = _values(replace(box, tensors_only=True, batch_dims=tuple([n + 1 + ones for n in box.batch_dims])), led)
+    now = tuple([count + missing[i] + 1 + ones for i, count in zip(box.x_places, box.batch_dims, strict=True)])
+    results = _values(replace(box, tensors_only=True, batch_dims=now), led)
     unused = tuple(range(1, ones + 1))
     return tuple([t.squeeze(unused) if ones and t.ndim > ones else t for t in results])
 

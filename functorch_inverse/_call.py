@@ -102,8 +102,8 @@ class Given:
         return (*self.x_tensors, *self.arg_tensors, *self.kwarg_tensors)
 
     def sight(self, problem: "Problem", which: int) -> Sight:
-        """What g (0) or the evidence (1) reaches by itself, and in arguments that are modules, functions or objects."""
-        others = (*self.args.others, *(() if which else self.kwargs.others))
+        """What g (0) or the evidence (1) reaches by itself, and in x and arguments that are modules, functions or objects."""
+        others = (*self.x.others, *self.args.others, *(() if which else self.kwargs.others))
         return Sight(*problem.sees[which].functions, *others) if others else problem.sees[which]
 
     def call(self, g: Callable[..., Any], tensors: Tensors) -> Any:
@@ -230,8 +230,12 @@ def _evaluate(problem: Problem, given: Given) -> Values:
     dims = event_dims(event_dim, part, x, problem.caller, "event_dim")
     # A leaf without an event dim beside leaves with one is shared by all samples, like a further argument.
     said = prefix_values(event_dim, part, x, problem.caller, "event_dim")
-    own = [place for place, dim in zip(part.places, said, strict=True) if dim is not None]
+    counts = [None if s is None else t.ndim - d for t, d, s in zip(x, dims, said, strict=True)]
+    own = {place: count for place, count in zip(part.places, counts, strict=True) if count is not None}
     x_places = tuple(k for k, place in enumerate(given.x.places) if place in own or not own)
+    batch_dims = tuple(own.get(given.x.places[k], 0) for k in x_places)
+    if problem.rooted:
+        x_places, batch_dims = tuple(range(len(given.tensors))), (0,) * len(given.tensors)
     default: VmapMethod = "sequential" if event_dim is None else "broadcast"
     box = BlackBox(
         caller=problem.caller,
@@ -240,8 +244,8 @@ def _evaluate(problem: Problem, given: Given) -> Values:
         has_aux=problem.returns_more,
         method=problem.vmap_method or default,
         x_only=problem.vmap_method is None,
-        x_places=tuple(range(len(given.tensors))) if problem.rooted else x_places,
-        batch_dims=tuple(t.ndim - d for t, d in zip(x, dims, strict=True)),
+        x_places=x_places,
+        batch_dims=batch_dims,
         like=None if problem.keeps_dtypes else given.like,
         outcome=Outcome(),
         loop=problem.loop,

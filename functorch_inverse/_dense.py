@@ -20,6 +20,7 @@ from torch.autograd import Function
 
 from functorch_inverse import _torch
 from functorch_inverse._blocks import by_blocks
+from functorch_inverse._legacy import through_vmap
 from functorch_inverse._levels import signed
 from functorch_inverse._quadrature import gauss_legendre
 
@@ -137,6 +138,7 @@ class _Solve(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @through_vmap
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
         nothing: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         if g is None:
@@ -151,6 +153,7 @@ class _Solve(Function):
         return tuple(nothing)
 
     @staticmethod
+    @through_vmap
     def jvp(ctx: Any, _k: None, _t: None, db: Tensor | None, da: Tensor | None, *_factors: None) -> Tensor | None:
         with _torch.forward_mode_again():
             x, step, m, rest = _unsaved(ctx, [_torch.primal(t) for t in ctx.saved_tensors])
@@ -211,6 +214,7 @@ class _LogAbsDet(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @through_vmap
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
         matrix, *factors = ctx.saved_tensors
         nothing = (None,) * len(factors)
@@ -220,6 +224,7 @@ class _LogAbsDet(Function):
         return None, g[..., None, None] * _solve(ctx.kind, True, unit, matrix, tuple(factors)), *nothing
 
     @staticmethod
+    @through_vmap
     def jvp(ctx: Any, _kind: None, da: Tensor | None, *_factors: None) -> Tensor | None:
         with _torch.forward_mode_again():
             saved: list[Any] = [_torch.primal(t) for t in ctx.saved_tensors]

@@ -23,7 +23,9 @@ from functorch_inverse._graph import Graph, check_graph
 from functorch_inverse._hooks import unhooked
 from functorch_inverse._in_place import check_unchanged, keeping
 from functorch_inverse._inverse import InverseProblem
+from functorch_inverse._legacy import through_vmap
 from functorch_inverse._levels import plain_apply
+from functorch_inverse._precision import autocasts
 from functorch_inverse._pullback import GraphPullback, Tensors, in_torch
 from functorch_inverse._reach import Opaque
 from functorch_inverse._rules import ImplicitRule
@@ -259,6 +261,7 @@ class _Short(Function):
         return y[0]
 
     @staticmethod
+    @through_vmap
     def backward(ctx: Any, v: Tensor | None) -> tuple[Tensor | None, ...]:
         if v is None:
             return (None,) * len(ctx.needs_input_grad)
@@ -274,7 +277,7 @@ _apply = plain_apply(_Short)
 def _pulled(ctx: Any, saved: Tensors, v: Tensor) -> tuple[Tensor | None, ...]:
     wanted = ctx.needs_input_grad[5:]
     # Where there have been other derivatives, their factors serve this one.
-    if ctx.rule is not None or not _torch.plain() or _torch.autocasts(v):
+    if ctx.rule is not None or not _torch.plain() or autocasts(v):
         return _generally(ctx, saved, v)
     kept = ctx.kept  # once: another thread may be at it
     pull = kept[1] if kept is not None and kept[0] == wanted else ctx.way.pull(saved[0], saved[1:], wanted)

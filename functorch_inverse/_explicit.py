@@ -25,6 +25,7 @@ from functorch_inverse._attach import attach
 from functorch_inverse._call import Given, Problem, Values, live
 from functorch_inverse._capture import Captured
 from functorch_inverse._in_place import keeping
+from functorch_inverse._precision import full_precision
 from functorch_inverse._pullback import Function, Tensors
 from functorch_inverse._quadrature import gauss_legendre
 from functorch_inverse._rules import Optional, Pull, move, poisoned, widen
@@ -68,7 +69,7 @@ class JacobianRule:
 
     def jvp(self, y: Tensors, theta: Tensors, dx: Tensors, dtheta: Optional) -> tuple[Tensor, ...]:
         """J dx."""
-        with _torch.full_precision(y[0]):
+        with full_precision(y[0]):
             return tuple(d.to(t.dtype) for d, t in zip(self.push(widen(dx), widen(theta)), y, strict=True))
 
     def reads_more(self, y: Tensors, theta: Tensors) -> bool:
@@ -94,9 +95,14 @@ class JacobianProblem(Problem):
 
     def refuse_lost(self, given: Given) -> None:
         """Only x has a known derivative."""
-        closures, others = Captured.of(Sight(self.g, self.evidence)).tensors, Captured.of(Sight(*given.args.others)).tensors
-        arguments = (*given.arg_tensors, *others)
-        for tensors, where in ((arguments, "an argument outside `argnums`"), (closures, "what fn closes over")):
+        closures = Captured.of(Sight(self.g, self.evidence)).tensors
+        inside, beside = (Captured.of(Sight(*part.others)).tensors for part in (given.x, given.args))
+        places = {
+            "an argument outside `argnums`": (*given.arg_tensors, *beside),
+            "a module, function or object in `argnums`": inside,
+            "what fn closes over": closures,
+        }
+        for where, tensors in places.items():
             if live(tensors):
                 self._refuse(where)
 

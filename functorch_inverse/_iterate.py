@@ -15,6 +15,7 @@ from torch.overrides import handle_torch_function
 
 from functorch_inverse import _torch
 from functorch_inverse._equation import Equation, Point
+from functorch_inverse._precision import full_precision
 from functorch_inverse._pullback import Function as LeafFunction
 from functorch_inverse._pullback import Tensors
 from functorch_inverse._rules import widen
@@ -80,7 +81,7 @@ class Inversion:
         return _announced(self, len(y), len(x), (*y, *x, *theta))
 
     def _solve(self, y: Tensors, x: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
-        with _outside_inference_mode(), torch.no_grad(), _torch.full_precision(y[0]):
+        with _outside_inference_mode(), torch.no_grad(), full_precision(y[0]):
             y, x, theta = (widen(_usable(group)) for group in (y, x, theta))
             dims = (self.y_dims, self.x_dims)
             equation, start = Equation.of(self.caller, self.f, y, x, theta, dims, self.levels)

@@ -152,11 +152,6 @@ class Krylov:
 
     def _look(self, b: Tensor) -> None:
         """Whether there are values to look at."""
-        if _torch.is_legacy_batched(b):
-            raise NotImplementedError(
-                f"`{type(self).__name__}`: autograd's own batching (is_grads_batched=True, vectorize=True) cannot look into an "
-                "iteration. Use torch.func.jacrev or torch.vmap, or a direct solver such as LU()."
-            )
         if not _torch.can_inspect(b):
             raise NotImplementedError(
                 f"`{type(self).__name__}`: an iteration looks at values, which meta tensors and a trace (torch.func.linearize, "

@@ -13,6 +13,7 @@ from torch.overrides import handle_torch_function
 
 from functorch_inverse import _torch
 from functorch_inverse._hooks import unhooked
+from functorch_inverse._legacy import through_vmap
 from functorch_inverse._transforms import Transform, alive, follows, innermost
 
 __all__ = ["Attached", "Dims", "Task", "announced", "followed", "memory_of", "plain_apply", "run", "signed", "sink"]
@@ -161,7 +162,9 @@ class _Followed(Function):
     @staticmethod
     def forward(task: Attached, top: Transform | None, inner: Tensors, *tensors: Tensor) -> Tensors:
         if top is None:
-            return tuple(task.values(tensors))
+            values = task.values(tensors)
+            # What is a view there, torch wants to have a tangent of the same strides.
+            return tuple([t.clone() if t._is_view() else t for t in values] if _torch.dual_level_open() else values)
         with torch.enable_grad(), _torch.forward_mode(True):
             return _beneath(task, top, inner, ())
 
@@ -175,6 +178,7 @@ class _Followed(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @through_vmap
     def backward(ctx: Any, *v: Tensor | None) -> Optional:
         needed = ctx.needs_input_grad[3:]
         if all(c is None for c in v):
@@ -183,6 +187,7 @@ class _Followed(Function):
             return (None, None, None, *ctx.task.backward(ctx, needed, v))
 
     @staticmethod
+    @through_vmap
     def jvp(ctx: Any, _task: None, _top: None, _inner: None, *tangents: Tensor | None) -> Optional:
         with _torch.forward_mode_again(), unhooked():
             saved, given = ([_torch.primal(t) for t in part] for part in (map(alive, ctx.saved_tensors), tangents))

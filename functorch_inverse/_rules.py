@@ -23,6 +23,7 @@ from torch import Tensor
 from functorch_inverse import _torch
 from functorch_inverse._composed import Tensors
 from functorch_inverse._linear import Linearised, LinearSystem
+from functorch_inverse._precision import full_precision
 from functorch_inverse._solve import solve
 from functorch_inverse._transforms import is_live
 from functorch_inverse._vectors import Layout, Like
@@ -123,7 +124,7 @@ class ImplicitRule:
 
     def jvp(self, y: Tensors, theta: Tensors, dx: Tensors, dtheta: Optional) -> tuple[Tensor, ...]:
         """The tangents of y."""
-        with _torch.full_precision(y[0]):
+        with full_precision(y[0]):
             at, x, rhs = (widen(y), widen(theta)), Layout.of(dx, self.x_dims), widen(dx)
             if not rhs or any(t is not None for t in dtheta):
                 along = [None if t is None else widen([t])[0] for t in dtheta]
@@ -150,7 +151,7 @@ class ImplicitRule:
 
     def _newton_step(self, y: Tensors, x: Tensors, theta: Tensors, *, frozen: bool) -> tuple[Tensor, ...]:
         """`frozen` leaves out the derivative of A, which the last order asked for does not need."""
-        with _torch.full_precision(y[0]):
+        with full_precision(y[0]):
             at = Linearised(self.equation, self.linear_solver, widen(y), widen(theta), Layout.of(x, self.x_dims))
             A = at.A
             if A.shape[0] != A.shape[1] and not frozen:
@@ -165,7 +166,7 @@ class ImplicitRule:
 
     def residual_step(self, y: Tensors, theta: Tensors) -> tuple[Tensor, ...]:
         """A^-1 r: how far y is from the root of the residual, to first order."""
-        with _torch.full_precision(y[0]):
+        with full_precision(y[0]):
             y, theta = widen(y), widen(theta)
             return tuple(solve(self.system, self.equation.f(y, theta), y, theta, Layout((), (), ()), transpose=False))
 

@@ -14,10 +14,10 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
-from functorch_inverse import _torch
 from functorch_inverse._composed import Tensors, change_of_push, mixed
 from functorch_inverse._levels import Dims, announced, run, sink
 from functorch_inverse._linear import Linearised, LinearSystem, each_column
+from functorch_inverse._precision import full_precision
 from functorch_inverse._transforms import alive, in_front
 from functorch_inverse._vectors import Layout
 
@@ -91,7 +91,7 @@ class _Task:
         u, point = saved[: ctx.n_u], saved[ctx.n_u :]
         cotangents = [torch.zeros_like(t) if c is None else c for t, c in zip(u, g, strict=True)]
         wanted = [i for i in range(len(point)) if needed[self.n_b + i]]
-        with _torch.full_precision(u[0]):
+        with full_precision(u[0]):
             transposed = _Task(self.system, self.x, not self.transpose, ctx.n_u, self.n_y, self.columns)
             w = run(transposed, (*cotangents, *point))
             inner, outer = (u, w) if self.transpose else (w, u)
@@ -108,7 +108,7 @@ class _Task:
         if all(t is None for t in (*given, *moved)):
             return (None,) * ctx.n_u
         db = [u[0].new_zeros(s, dtype=k) if t is None else t for t, (s, k) in zip(given, ctx.b_kinds, strict=True)]
-        with _torch.full_precision(u[0]):
+        with full_precision(u[0]):
             if any(t is not None for t in moved):
                 db = [d - c for d, c in zip(db, _change(self, point, u, moved), strict=True)]
             return run(self, (*db, *point))

@@ -26,6 +26,8 @@ try:
         _push_on_torch_dispatch_stack,
         _set_grad_enabled,
         _TorchDispatchModeKey,
+        _vmapmode_decrement_nesting,
+        _vmapmode_increment_nesting,
     )
 
     # Who watches operations below autograd, in this thread.
@@ -90,9 +92,9 @@ try:
     forward_mode = forward_ad._set_fwd_grad_enabled
     for_compiled_autograd = {"_compiled_autograd_key": staticmethod(torch.autograd.Function._compiled_autograd_key)}
 
-    # The vmap of is_grads_batched and torch.autograd.functional, which does not ask a Function for its rule: its tensors
-    # have no values to show, and go one by one through an operator that it does not know.
+    # The vmap of is_grads_batched and torch.autograd.functional, which does not ask a Function for its rule.
     is_legacy_batched = _functorch.is_legacy_batchedtensor
+    legacy_batched, legacy_unbatched = torch._add_batch_dim, torch._remove_batch_dim
 
     _ = (eager_transforms.JVP_NESTING, forward_ad._current_level)  # their absence shows at import
 except (ImportError, AttributeError) as error:
@@ -106,15 +108,15 @@ F = TypeVar("F")
 
 __all__ = [
     "GradInterpreter", "JvpInterpreter", "RandomnessType", "SingleLevelFunction", "TransformType", "VmapInterpreter",
-    "add_batch_dim", "allow_single_level", "autocasts", "batch_dim", "called_eagerly", "can_inspect", "can_record",
+    "add_batch_dim", "allow_single_level", "batch_dim", "called_eagerly", "can_inspect", "can_record",
     "close_vmap", "current_level", "derivative_order", "dispatch_modes_open", "dual", "dual_level_open", "fake_mode",
-    "for_compiled_autograd", "forward_levels", "forward_mode", "forward_mode_again", "full_precision", "function_mode_active",
+    "for_compiled_autograd", "forward_levels", "forward_mode", "forward_mode_again", "function_mode_active",
     "graph_grad", "graph_is_kept", "in_jvp", "interpreter_in_python", "is_legacy_batched", "is_recorded", "is_tracked",
-    "is_wrapped", "level", "mark", "no_functions", "no_torch_function", "open_vmap", "peek_transform", "plain",
-    "pop_dispatch_mode", "pop_hooks", "pop_transform", "primal", "push_dispatch_mode", "push_hooks", "push_transform",
-    "recorded", "recorded_above_autograd", "recording", "remove_batch_dim", "set_grad_enabled", "shapes_into",
-    "single_level_allowed", "storage_holders", "tangent", "top_hooks", "traced_derivatives_possible", "traced_transforms",
-    "transforms_active", "tree_leaves", "tree_map", "undisturbed", "unwrapped", "wrap_for_grad", "wrapper",
+    "is_wrapped", "legacy_batched", "legacy_level", "legacy_unbatched", "level", "mark", "no_functions", "no_torch_function",
+    "open_vmap", "peek_transform", "plain", "pop_dispatch_mode", "pop_hooks", "pop_transform", "primal", "push_dispatch_mode",
+    "push_hooks", "push_transform", "recorded", "recorded_above_autograd", "recording", "remove_batch_dim", "set_grad_enabled",
+    "shapes_into", "single_level_allowed", "storage_holders", "tangent", "top_hooks", "traced_derivatives_possible",
+    "traced_transforms", "transforms_active", "tree_leaves", "tree_map", "undisturbed", "unwrapped", "wrap_for_grad", "wrapper",
 ]  # fmt: skip
 
 _NO_CONTEXT = nullcontext()
@@ -280,15 +282,10 @@ def dual(tensor: Tensor, moved: Tensor) -> Tensor:
     return _make_dual(tensor, moved, level=0)
 
 
-def autocasts(tensor: Tensor) -> bool:
-    """Whether operations with a tensor change its precision."""
-    kind = tensor.device.type
-    return (kind == "cpu" or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)
-
-
-def full_precision(tensor: Tensor) -> AbstractContextManager[None]:
-    """Autocast switched off: derivatives are computed in the precision of their inputs."""
-    return torch.autocast(tensor.device.type, enabled=False) if autocasts(tensor) else _NO_CONTEXT
+def legacy_level() -> int:
+    """The innermost level of the vmap of plain autograd; where another thread opened it, the first."""
+    _vmapmode_increment_nesting()
+    return max(1, _vmapmode_decrement_nesting())
 
 
 def called_eagerly(function: F) -> F:

@@ -63,7 +63,7 @@ class BlackBox:
     """One call of g, as a function of all the tensors that it reads.
 
     `call` takes the given tensors; the rest are those that g captures. `x_places` are the places of x among
-    them, `batch_dims` counts the leading dims of each leaf of x that are no part of a sample, and `like`
+    them, `batch_dims` counts the leading dims of each of these that are no part of a sample, and `like`
     sets the device and the precision of y. With `x_only`, "broadcast" holds while only x is batched, and
     other levels go one by one. `levels` are the vmapped dims that "sequential" runs through, outermost
     first: which tensors have them, and how long they are.

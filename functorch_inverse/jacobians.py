@@ -11,6 +11,7 @@ from torch import Tensor
 
 from functorch_inverse import _torch
 from functorch_inverse._chunks import check_chunk_size, chunk_of, in_chunks, nodes_below, rooted, widest
+from functorch_inverse._precision import full_precision
 from functorch_inverse._pullback import in_torch
 from functorch_inverse._solvers import SolverLike, as_solver
 from functorch_inverse._tree import Partition, Tree, event_dims, flatten, is_differentiable, unflatten
@@ -138,7 +139,7 @@ def log_abs_det_jacobian(
         _check_tensors(caller, outputs)
         return tuple(outputs)
 
-    with _torch.full_precision(leaves[0]):
+    with full_precision(leaves[0]):
         A = JacobianOperator(Equation(caller, flat, dims, None), leaves, (), None)
         _check_square(caller, A)
         ladj = A.derivative().abs().log() if A.elementwise else _with_determinant(caller, solver, A).log_abs_det()

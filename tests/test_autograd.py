@@ -10,9 +10,14 @@ from helpers import (
     live,
     loss,
     some_problems,
+    tangents,
     total,
     with_batch,
 )
+from problems import VECTOR
+from torch.func import jvp
+
+import functorch_inverse as fi
 
 
 def first(h, inputs):
@@ -134,6 +139,44 @@ def test_is_grads_batched_of_a_derivative(problem):
         return torch.autograd.grad(grads[0], inputs, basis.unflatten(-1, grads[0].shape), is_grads_batched=True)
 
     assert_close_to_exact(transform, problem)
+
+
+def _batched(outputs, inputs, **options):
+    """One pass for a few cotangents of each output, and those of a loss of what comes back."""
+    v = [torch.stack([t.detach().cos(), t.detach().sin() + 1]) for t in outputs]
+    found = torch.autograd.grad(outputs, inputs, v, is_grads_batched=True, create_graph=True, **options)
+    return found, torch.autograd.grad(total(found), inputs)
+
+
+@every_problem
+@pytest.mark.parametrize("first", ["values", "grad", "jvp", "grad(jvp)", "grad(grad)"])
+def test_is_grads_batched_with_create_graph(problem, first):
+    """Its tensors hide their graphs: the derivative of A would be lost on the way, without a word."""
+
+    def slope(outputs, inputs):
+        return torch.autograd.grad(total(outputs), inputs, create_graph=True)
+
+    def transform(h, inputs):
+        inputs = live(inputs)
+        outputs = jvp(h, inputs, tangents(inputs))[1] if "jvp" in first else h(*inputs)
+        for _ in range(first.count("grad")):
+            outputs = slope(outputs, inputs)
+        return _batched(outputs, inputs)
+
+    assert_close_to_exact(transform, problem)
+
+
+SOLVERS = [fi.LU(), fi.LU(chunk_size=2), fi.LeastSquares(), fi.GMRES(), fi.NormalCG(), fi.Banded(2, 2)]
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def test_is_grads_batched_with_every_kind_of_solver(solver):
+    def transform(h, inputs):
+        inputs = live(inputs)
+        outputs = torch.autograd.grad(jvp(h, inputs, tangents(inputs))[1][0].sin().sum(), inputs, create_graph=True)
+        return _batched(outputs, inputs)
+
+    assert_close_to_exact(transform, VECTOR, function=VECTOR.root(solver))
 
 
 @some_problems

@@ -861,3 +861,50 @@ def test_an_argument_that_f_does_not_read(event_dim):
         torch.autograd.grad(h(x, b).sum(), (x, b))
     assert torch.autograd.grad(h(x, b).sum(), (x, b), allow_unused=True)[1] is None
     assert torch.equal(grad(lambda b: h(x.detach(), b).sum())(b.detach()), torch.zeros_like(b))
+
+
+# --- modules inside of x ---------------------------------------------------------------------------
+
+
+class Held(torch.nn.Module):
+    """h of x and of a module in one pytree."""
+
+    def __init__(self, h):
+        super().__init__()
+        self.h, self.part = h, torch.nn.ParameterDict({"c": torch.tensor([0.9, 1.3], dtype=torch.float64)})
+
+    def forward(self, x):
+        return self.h((x, self.part)).sum()
+
+
+def of_pair(pair):
+    return torch.asinh(pair[0]) / pair[1]["c"]
+
+
+def test_a_module_inside_of_x():
+    """Its parameters are as live as those of a further argument."""
+    h = Held(None)
+    h.h = fi.custom_inverse(of_pair, lambda y: (torch.sinh(y * h.part["c"]), h.part), event_dim=0)
+    x, c = torch.tensor([0.3, -0.5], dtype=torch.float64), torch.tensor([1.8, 2.6], dtype=torch.float64)
+    run = lambda c, x: torch.func.functional_call(h, {"part.c": c}, (x,))  # noqa: E731
+    exact = lambda c, x: (torch.asinh(x) / c).sum()  # noqa: E731
+    for transform in (grad, hessian, lambda f, places: jacfwd(f, places)):
+        assert_close(transform(run, (0, 1))(c, x), transform(exact, (0, 1))(c, x))
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        lambda: fi.custom_jacobian(of_pair, lambda p: (1 / (1 + p[0] ** 2).sqrt() / p[1]["c"], None), event_dim=0),
+        lambda: fi.finite_difference(of_pair, event_dim=0),
+    ],
+)
+def test_a_live_module_inside_of_x_whose_derivative_nobody_knows(rule):
+    held = Held(rule())
+    x, c = torch.tensor([0.3, -0.5], dtype=torch.float64), torch.tensor([1.8, 2.6], dtype=torch.float64)
+    run = lambda c, x: torch.func.functional_call(held, {"part.c": c}, (x,))  # noqa: E731
+    with pytest.raises(fi.NoDerivativeError, match="module, function or object in `argnums`"):
+        grad(run)(c, x)
+    with pytest.raises(fi.NoDerivativeError, match="module, function or object in `argnums`"):
+        held(x.clone().requires_grad_())
+    assert_close([grad(run, 1)(c, x)], [1 / (1 + x**2).sqrt() / c], 1e-7)

@@ -1,8 +1,14 @@
 """Values under vmap: over any input, along any dim, nested, in chunks."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from helpers import MAPPED, assert_close, assert_close_to_exact, every_problem, mapped, some_problems
+from torch.func import jacfwd, jacrev, vmap
+
+import functorch_inverse as fi
 
 over = pytest.mark.parametrize("over", MAPPED)
 
@@ -67,3 +73,39 @@ def test_equals_a_loop(problem):
     inputs, h = problem.stacked(3), problem.custom()
     loop = [torch.stack(ys) for ys in zip(*(h(*row) for row in zip(*inputs, strict=True)), strict=True)]
     assert_close(list(torch.vmap(h)(*inputs)), loop)
+
+
+# --- several places with batch dims of their own --------------------------------------------------
+
+PLACES = {
+    "jacobian": lambda dim: fi.custom_jacobian(
+        lambda x, c: x.asinh() / c,
+        {
+            0: lambda x, c: (1 / (1 + x * x).sqrt() / c, -x.asinh() / c**2),
+            1: lambda x, c: ((1 / (1 + x * x).sqrt() / c).diag_embed(), (-x.asinh() / c**2).diag_embed()),
+        }[dim],
+        argnums=(0, 1),
+        event_dim=dim,
+    ),
+    "differences": lambda dim: fi.finite_difference(lambda x, c: x.asinh() / c, argnums=(0, 1), event_dim=dim),
+    "numpy": lambda dim: fi.finite_difference(
+        lambda x, c: np.arcsinh(x.numpy()) / c.numpy(), argnums=(0, 1), event_dim=dim
+    ),
+}
+
+
+@pytest.mark.parametrize("rule", PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize(("dim", "shapes"), [(0, ((2,), ())), (0, ((5,), ())), (0, ((2, 3), (3,))), (1, ((2, 3), (3,)))])
+def test_places_with_other_batch_dims(rule, dim, shapes):
+    """A new dim in front must not meet a batch dim of another place."""
+    h, exact = rule(dim), lambda x, c: x.asinh() / c
+    x, c = (torch.linspace(0.4, 1.9, 4 * math.prod(s), dtype=torch.float64).reshape(4, *s) for s in shapes)
+    one = tuple(t[0].clone().requires_grad_() for t in (x, c))
+    assert_close(*[torch.autograd.grad(f(*one).sin().sum(), one) for f in (h, exact)], 1e-7)
+    for dims in ((0, 0), (None, 0), (0, None)):
+        inputs = [t if d == 0 else t[0] for t, d in zip((x, c), dims, strict=True)]
+        for transform in (lambda f: f, lambda f: jacrev(f, (0, 1)), lambda f: jacfwd(f, (0, 1))):
+            got, want = (vmap(transform(f), dims)(*inputs) for f in (h, exact))
+            assert_close(got, want, 1e-7)
+    twice = vmap(vmap(h, (0, None)), (0, 0))
+    assert_close(twice(torch.stack([x] * 3, 1), c), vmap(vmap(exact, (0, None)))(torch.stack([x] * 3, 1), c), 1e-7)
