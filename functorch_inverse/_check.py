@@ -12,7 +12,7 @@ from functorch_inverse._singular import raise_if_singular
 from functorch_inverse._vectors import Layout, real_dtype
 from functorch_inverse.errors import ResidualError
 
-__all__ = ["check_residual", "check_root"]
+__all__ = ["check_left_over", "check_residual", "check_root", "check_tolerance"]
 
 Tensors = Sequence[Tensor]
 
@@ -55,6 +55,25 @@ def check_root(caller: str, check: bool | float, step: Tensors, y: Tensors, dims
         inspect(partial(_compare, _ROOT.format(caller=caller), tolerance), error, allowed)
 
 
+def check_left_over(caller: str, check: bool | float, found: tuple[Tensor, Tensor] | None) -> None:
+    """ResidualError where equations cannot hold together: least squares make the Newton step zero, not the residual."""
+    if found is None:
+        return
+    error, size = found
+    eps = torch.finfo(error.dtype).eps
+    tolerance = eps**0.5 if check is True else float(check)
+    allowed = tolerance * size + torch.finfo(size.dtype).tiny
+    error = torch.where(size.isfinite(), error.nan_to_num(nan=torch.inf), 0)
+    inspect(partial(_compare, _LEFT_OVER.format(caller=caller), tolerance), error, allowed.nan_to_num(nan=0.0))
+
+
+def check_tolerance(caller: str, check: Any) -> None:
+    """ValueError unless `check` is a bool or a tolerance."""
+    if isinstance(check, bool) or (isinstance(check, int | float) and 0 < check < float("inf")):
+        return
+    raise ValueError(f"`{caller}`: `check` is {check!r}; choose True, False or a relative tolerance, a number above zero.")
+
+
 _INVERSE = (
     "`{caller}`: f(g(x)) is not x in {{bad}}, where f(g(x)) - x is {{error}} and {{tolerance}} relative ({{allowed}}) is "
     "allowed. Either f is not the inverse of g, g did not converge, or the tolerance is too small: check=1e-3, say, asks "
@@ -64,6 +83,12 @@ _ROOT = (
     "`{caller}`: the residual is not zero at y in {{bad}}, where a Newton step moves y by {{error}} and {{tolerance}} relative "
     "({{allowed}}) is allowed. Either the residual is not that of `solve`, `solve` did not converge, or the tolerance is too "
     "small: check=1e-3, say, asks for less."
+)
+
+_LEFT_OVER = (
+    "`{caller}`: the residual is not zero at y in {{bad}}, where it is {{error}} and {{tolerance}} relative ({{allowed}}) is "
+    "allowed. There are more equations than unknowns, and these do not hold together: y is a least-squares fit, whose "
+    "derivative needs the gradient of the loss as residual (as many equations as unknowns)."
 )
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Named", "content", "in_library"]
+__all__ = ["Named", "content", "in_library", "reads"]
 
 # What belongs to these holds no tensor of the user's, except in instances and closures.
 _LIBRARIES = frozenset(sys.stdlib_module_names) - {"__main__"} | {"torch", "numpy", "scipy", "optree", "functorch_inverse"}
@@ -105,6 +105,15 @@ def _written(code: types.CodeType) -> frozenset[str]:
     stores = [step for step in dis.get_instructions(code) if step.opname in ("STORE_GLOBAL", "STORE_DEREF")]
     own = [step.argval for step in stores if step.opname == "STORE_GLOBAL" or step.argval in code.co_freevars]
     return frozenset(own).union(*map(_written, _inside(code)))
+
+
+def reads(function: Any, name: str) -> bool:
+    """Whether the code of a function, as far as it can be seen, does something with one of its parameters."""
+    code = getattr(getattr(function, "__func__", function), "__code__", None)
+    if code is None or name in code.co_cellvars:
+        return True
+    loads = [step.argval for step in dis.get_instructions(code) if step.opname.startswith("LOAD_FAST")]
+    return any(name in (found if isinstance(found, tuple) else (found,)) for found in loads)
 
 
 def _inside(code: types.CodeType) -> list[types.CodeType]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from functorch_inverse._attach import attach
 from functorch_inverse._call import Given, Problem, Values
 from functorch_inverse._capture import Captured
-from functorch_inverse._check import check_root
+from functorch_inverse._check import check_left_over, check_root
 from functorch_inverse._evidence import Evidence
 from functorch_inverse._rules import ImplicitRule
 from functorch_inverse._tree import Partition, Tree, event_dims, flatten, is_differentiable
@@ -57,6 +57,7 @@ class RootProblem(Problem):
             at = [t.detach() for t in y], [t.detach() for t in theta]
             with torch.no_grad():
                 check_root(self.caller, self.check, rule.residual_step(*at), at[0], dims)
+                check_left_over(self.caller, self.check, rule.left_over(*at))
         return attach(rule, y, (), theta)
 
 

@@ -170,6 +170,16 @@ class ImplicitRule:
             y, theta = widen(y), widen(theta)
             return tuple(solve(self.system, self.equation.f(y, theta), y, theta, Layout((), (), ()), transpose=False))
 
+    def left_over(self, y: Tensors, theta: Tensors) -> tuple[Tensor, Tensor] | None:
+        """Where there are more equations than unknowns: the largest |r| of each sample, and of the |A| |y| beside it."""
+        with full_precision(y[0]):
+            y = widen(y)
+            A = Linearised(self.equation, self.linear_solver, y, widen(theta), Layout((), (), ())).A
+            if A.shape[0] <= A.shape[1]:
+                return None
+            r, terms = A.outputs.pack(A.pullback.outputs, A.batch), A.inputs.pack(y, A.batch).abs().unsqueeze(-1)
+            return r.abs().amax(-1), (A.as_matrix().abs() @ terms).amax((-2, -1))
+
 
 def _pull(
     solve: Callable[[Tensors], Tensors],

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from functorch_inverse._call import Problem, solve
+from functorch_inverse._check import check_tolerance
 from functorch_inverse._direct import solve_inverse
 from functorch_inverse._explicit import JacobianProblem
 from functorch_inverse._inverse import InverseProblem
@@ -90,6 +91,7 @@ def custom_inverse(
         NoDerivativeError: f does not depend on y, or a derivative would be lost (a live keyword argument, a tensor that
             f closes over and that was exchanged in the meantime).
         ResidualError: with `check`, f(g(x)) is not x.
+        ValueError: an unknown option.
 
     Example:
         >>> import numpy as np
@@ -104,6 +106,7 @@ def custom_inverse(
     """
     caller = "custom_inverse"
     check_callables(caller, g=g, f=f)
+    check_tolerance(caller, check)
     check_vmap_method(caller, vmap_method)
     return CustomInverse(
         InverseProblem(

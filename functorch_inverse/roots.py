@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from functorch_inverse._call import solve as call
+from functorch_inverse._check import check_tolerance
 from functorch_inverse._parameters import Parameters
 from functorch_inverse._root import RootProblem, StepResidual, WithoutX
 from functorch_inverse._solvers import SolverLike, as_solver, with_jacobian
@@ -166,6 +167,7 @@ def _rooted(
     **options: Any,
 ) -> CustomRoot:
     check_vmap_method(caller, options["vmap_method"])
+    check_tolerance(caller, options["check"])
     g = WithoutX(solve, caller, options["has_aux"], has_jacobian)
     problem = RootProblem(
         caller=caller, g=g, evidence=residual, linear_solver=solver, has_jacobian=has_jacobian, **options

@@ -59,6 +59,7 @@ def test_errors_belong_to_the_family_and_to_the_builtin_kind(error, also):
     ("options", "error", "pattern"),
     [
         ({"vmap_method": "loop"}, ValueError, words("vmap_method", "'loop'", "sequential", "broadcast", "vmap")),
+        ({"check": 0.0}, ValueError, words("check", "0.0", "True", "False", "tolerance")),
         ({"linear_solver": "lu"}, ValueError, words("linear_solver", "'lu'", "LU()")),
         ({"event_dims": 1}, TypeError, "event_dims"),
     ],

@@ -51,6 +51,24 @@ def test_a_parameter_of_both(rule, live):
         assert_close(torch.autograd.grad(h(x, 3.0).sum(), x)[0], (1 + X * X).rsqrt() / 3)
 
 
+def passed_on(function):
+    return lambda *args, **options: function(*args, **options)
+
+
+class Passing(torch.nn.Module):
+    def forward(self, y, **options):
+        return (options.get("a", 2.0) * y).sinh()
+
+
+@pytest.mark.parametrize("f", [passed_on(f), passed_on(passed_on(f)), Passing(), Passing().forward, passed_on(Module())])
+def test_a_parameter_behind_others(f):
+    h = fi.custom_inverse(g, f, event_dim=0)
+    with pytest.raises(fi.StructureError, match=r"keyword argument 'a' reaches g alone.*by position"):
+        h(X, a=3.0)
+    x = X.clone().requires_grad_()
+    assert_close(torch.autograd.grad(h(x).sum(), x)[0], (1 + X * X).rsqrt() / 2)
+
+
 def test_compiled():
     h = RULES["inverse"]
     compiled = torch.compile(lambda x: h(x, a=3.0), fullgraph=True, backend="eager")
@@ -62,6 +80,7 @@ def test_compiled():
     lambda y: y.sinh(),
     lambda steps: steps.sinh(),  # y itself
     lambda y, **options: y.sinh(),
+    passed_on(lambda y, b=None: y.sinh()),
     functools.partial(lambda y, steps: y.sinh(), steps=None),
     torch.sinh,  # has no signature
 ])  # fmt: skip

@@ -427,9 +427,30 @@ def test_check(batch):
     loose(X.expand(*batch, 3))
 
 
+def fitted(A, b):
+    return torch.linalg.lstsq(A, b.unsqueeze(-1)).solution.squeeze(-1)
+
+
+def test_check_of_equations_that_do_not_hold_together():
+    """At a least-squares fit the Newton step is zero; the residual is not, and J would not be that of the fit."""
+    draw = Draw(3)
+    A, at, off = draw.normal(6, 2), draw.normal(4, 2), draw.normal(6)
+    b = at @ A.mT
+    b[2] += 1e-3 * off
+    residual = lambda y, A, b: (A @ y.unsqueeze(-1)).squeeze(-1) - b  # noqa: E731
+    h = fi.custom_root(fitted, residual, event_dim=1, linear_solver=fi.LeastSquares(), check=True)
+    with bad(r"not zero at y in 1 of 4 samples; worst is sample 2 .* do not hold together", fi.ResidualError):
+        h(A.expand(4, 6, 2), b)
+    with bad(r"not zero at y in 1 of 4 samples; worst is sample 2", fi.ResidualError):
+        vmap(fi.custom_root(fitted, residual, linear_solver=fi.LeastSquares(), check=True), (None, 0))(A, b)
+    assert_close([grad(lambda b: h(A.expand(4, 6, 2), b).sum())(at @ A.mT)], [torch.linalg.pinv(A).sum(0).expand(4, 6)])
+    fi.custom_root(fitted, residual, event_dim=1, linear_solver=fi.LeastSquares(), check=1e-2)(A.expand(4, 6, 2), b)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
+        *[({"check": c}, ValueError, "`check` is .* True") for c in (None, 0.0, -1e-3, float("nan"), float("inf"), "yes")],
         ({"vmap_method": "loop"}, ValueError, "vmap_method"),
         ({"linear_solver": 3}, ValueError, "linear_solver"),
         ({"linear_solver": fi.LU}, ValueError, "linear_solver"),
