@@ -129,13 +129,14 @@ class Captured:
 
     @contextmanager
     def _running(self, values: Sequence[Tensor], level: int, found: Changes | None) -> Iterator[None]:
-        n, moved = len(self.slots), found.moved if found else ()
+        n, (_, held, loose) = len(self.slots), found or Changes({}, [], [])
         with ExitStack() as stack:
-            if n or moved:
-                places = (*self.slots, *[kept.slots for kept in moved])
-                stack.enter_context(_swapped(places, (*values[:n], *[kept.tensor for kept in moved])))
-            if self.loose or level > 0:
-                stack.enter_context(_Substitute(self.loose, values[n:], level))
+            if n or held:
+                places = (*self.slots, *[slots for slots, _ in held])
+                stack.enter_context(_swapped(places, (*values[:n], *[tensor for _, tensor in held])))
+            if self.loose or loose or level > 0:
+                read, instead = (tuple(t[k] for t in loose) for k in (0, 1))
+                stack.enter_context(_Substitute((*self.loose, *read), (*values[n:], *instead), level))
             if found and found.suspects:
                 stack.enter_context(Refusing(found.suspects))
             yield
@@ -147,12 +148,12 @@ class Captured:
         reach = self.sight.reach()
         if any(map(has_history, self.loose)):
             self.sight.forget()
-        as_it_was = reach is self.reach and not (self.loose or self.frozen)
+        as_it_was = reach is self.reach and not (self.loose or self.frozen or any(t.requires_grad for t in reach.tensors))
         if as_it_was and tuple(map(version, reach.tensors)) == self.versions:
             return None
         with _unswapped(reach.modules):
             found = changes(self.reach, reach, self.versions, self.loose, self.frozen)
-        return found if found.suspects or found.moved else None
+        return found if any(found) else None
 
     def after_g(self) -> "Captured":
         """With the buffers as g has left them: it may run the same modules, which keep their statistics."""
@@ -199,14 +200,35 @@ def _swapped(slots: Sequence[Slots], values: Sequence[Tensor]) -> Iterator[None]
         )
     with _SWAPPING:
         own = [(space, name, space.get(name)) for places in slots for space, name in places]
+        # Weights that were computed from other values are not to be read, and those of these are not to be kept.
+        weights = _torch.exchange_cached_weights({})
         try:
             for places, value in zip(slots, values, strict=True):
                 for space, name in places:
                     space[name] = value
+            before = list(map(_memory, values))
             yield
+            _refuse_exchange(slots, values, before)
         finally:
+            _torch.exchange_cached_weights(weights)
             for space, name, tensor in own:
                 space[name] = tensor
+
+
+def _memory(tensor: Tensor) -> Any:
+    mark = _torch.mark(tensor)
+    return mark and mark[0]
+
+
+def _refuse_exchange(slots: Sequence[Slots], values: Sequence[Tensor], before: Sequence[Any]) -> None:
+    """What a function puts in the place of a parameter would go with what stood in for it."""
+    for places, value, memory in zip(slots, values, before, strict=True):
+        if any(space.get(name) is not value for space, name in places) or _memory(value) != memory:
+            raise NoDerivativeError(
+                f"g or f gives its parameter {places[0][1]!r} another tensor, or other `.data`, while it runs with others in "
+                "the place of its parameters; it would be lost. Run it once by itself, where it sets them up so, or change "
+                "the values in place (copy_)."
+            )
 
 
 class _Substitute(TorchFunctionMode):

@@ -27,8 +27,8 @@ class Frozen(NamedTuple):
 
     @property
     def moved(self) -> bool:
-        """Whether something else has its place now."""
-        return any(_held(space, name) is not self.tensor for space, name in self.slots)
+        """Whether something else has its place now, or it has a derivative."""
+        return self.tensor.requires_grad or any(_held(space, name) is not self.tensor for space, name in self.slots)
 
     def now(self) -> "Frozen":
         """As it is at present."""
@@ -42,10 +42,11 @@ def _held(space: Any, name: str) -> Tensor | None:
 
 
 class Changes(NamedTuple):
-    """What f must not read, with what happened to it; and what has to be put back first."""
+    """What f must not read, with what happened to it; and what has to be as it was: in modules, and for other tensors."""
 
     suspects: dict[int, tuple[Tensor, str]]
-    moved: Sequence[Frozen]
+    held: Sequence[tuple[Slots, Tensor]]
+    loose: Sequence[tuple[Tensor, Tensor]]
 
 
 def changes(then: Reach, now: Reach, versions: Sequence[int], known: Sequence[Tensor], frozen: Sequence[Frozen]) -> Changes:
@@ -65,7 +66,21 @@ def changes(then: Reach, now: Reach, versions: Sequence[int], known: Sequence[Te
     captured = set(map(id, known))
     seen = [*zip(then.tensors, versions, strict=True), *[(t, number) for _, t, number in frozen]]
     suspects.update((id(t), (t, "changed in place")) for t, number in seen if id(t) not in captured and version(t) != number)
-    return Changes(suspects, [kept for kept in frozen if kept.moved])
+    # What had no derivative then has none now.
+    held = [(kept.slots, _closed(kept.tensor, suspects)) for kept in frozen if kept.moved]
+    others = captured.union(id(kept.tensor) for kept in frozen)
+    opened = [t for t in then.tensors if t.requires_grad and id(t) not in others]
+    return Changes(suspects, held, [(t, _closed(t, suspects)) for t in opened])
+
+
+def _closed(tensor: Tensor, suspects: dict[int, tuple[Tensor, str]]) -> Tensor:
+    """A tensor without derivative, no less suspect than it was."""
+    if not tensor.requires_grad:
+        return tensor
+    closed = tensor.detach()
+    if id(tensor) in suspects:
+        suspects[id(closed)] = (closed, suspects[id(tensor)][1])
+    return closed
 
 
 def version(tensor: Tensor) -> int:

@@ -52,9 +52,7 @@ try:
 
     # Who records operations above autograd.
     from torch._ops import _get_dispatch_mode_pre_dispatch as _above_autograd
-
-    # Tensors without data, for what the user says of a result.
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses.fake_tensor import FakeTensorMode  # tensors without data, for what the user says of a result
 
     # forward_ad.unpack_dual, of which half the time goes into looking for torch.export.
     from torch._VF import _make_dual, _unpack_dual
@@ -64,6 +62,9 @@ try:
 
     # A small backward pass without the checks of torch.autograd.grad, which cost as much again.
     from torch.autograd.variable import Variable
+
+    # The weights that parametrize.cached() keeps.
+    from torch.nn.utils import parametrize
 
     # The containers in which torch functions take and return tensors.
     from torch.utils._pytree import tree_leaves, tree_map
@@ -96,7 +97,7 @@ try:
     is_legacy_batched = _functorch.is_legacy_batchedtensor
     legacy_batched, legacy_unbatched = torch._add_batch_dim, torch._remove_batch_dim
 
-    _ = (eager_transforms.JVP_NESTING, forward_ad._current_level)  # their absence shows at import
+    _ = (eager_transforms.JVP_NESTING, forward_ad._current_level, parametrize._cache)  # their absence shows at import
 except (ImportError, AttributeError) as error:
     raise ImportError(
         f"functorch_inverse supports torch >= 2.11; torch {torch.__version__} differs in a private "
@@ -109,7 +110,8 @@ F = TypeVar("F")
 __all__ = [
     "GradInterpreter", "JvpInterpreter", "RandomnessType", "SingleLevelFunction", "TransformType", "VmapInterpreter",
     "add_batch_dim", "allow_single_level", "batch_dim", "called_eagerly", "can_inspect", "can_record",
-    "close_vmap", "current_level", "derivative_order", "dispatch_modes_open", "dual", "dual_level_open", "fake_mode",
+    "close_vmap", "current_level", "derivative_order", "dispatch_modes_open", "dual", "dual_level_open",
+    "exchange_cached_weights", "fake_mode",
     "for_compiled_autograd", "forward_levels", "forward_mode", "forward_mode_again", "function_mode_active",
     "graph_grad", "graph_is_kept", "in_jvp", "interpreter_in_python", "is_legacy_batched", "is_recorded", "is_tracked",
     "is_wrapped", "legacy_batched", "legacy_level", "legacy_unbatched", "level", "mark", "no_functions", "no_torch_function",
@@ -183,6 +185,12 @@ def shapes_into(node: Any) -> list[Any]:
     return [taken.shape for taken in getattr(node, "_input_metadata", ())]
 
 
+def exchange_cached_weights(others: Any) -> Any:
+    """Those that parametrize.cached() keeps, for others in their place."""
+    kept, parametrize._cache = parametrize._cache, others
+    return kept
+
+
 def can_record() -> bool:
     """Whether there can be a graph: not in inference mode, of which torch.func.jvp hides all other signs."""
     return not _dispatch_tls_is_dispatch_key_excluded(DispatchKey.AutogradFunctionality)
@@ -213,11 +221,8 @@ def can_inspect(tensor: Tensor) -> bool:
 
 @torch._dynamo.assume_constant_result
 def derivative_order() -> int:
-    """How often Dynamo's graph can be differentiated: the open grad and jvp levels, and autograd.
-
-    AOTAutograd has no double backward, so the outer autograd counts once.
-    """
-    kinds = (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
+    """How often Dynamo's graph can be differentiated: open grad and jvp levels, and once by autograd, as AOTAutograd can."""
+    kinds = (TransformType.Grad, TransformType.Jvp)
     return 1 + sum(entry.key() in kinds for entry in _functorch.get_interpreter_stack() or ())
 
 
@@ -232,12 +237,9 @@ def traced_derivatives_possible() -> bool:
     return torch.is_grad_enabled() or derivative_order() > 1
 
 
-# Nested forward mode through an autograd.Function. torch calls `jvp` with forward AD switched off and with
-# saved tensors that are still dual at this level, so that jacfwd(jacfwd) comes out as 0
-# (pytorch#197867). Switching it on again and stripping this level's tangents makes every nesting
-# right. A plain forward_ad.dual_level() has no outer level to keep and must not be touched.
-
-
+# Nested forward mode through an autograd.Function: torch calls `jvp` with forward AD switched off and with saved tensors that
+# are still dual at this level, so that jacfwd(jacfwd) comes out as 0 (pytorch#197867). Switched on again, and without this
+# level's tangents, every nesting is right. A plain forward_ad.dual_level() has no outer level to keep and stays as it is.
 @contextmanager
 def _forward_mode_again() -> Iterator[None]:
     with forward_mode(True), torch.enable_grad():

@@ -42,7 +42,6 @@ class _Values:
     seen: tuple[Tensor, ...] = ()
 
     def __call__(self, x: Tree, *args: Tree, init: Tree = None) -> Tree:
-        _refuse_training(self.f)
         target, wanted = target_of(x)
         wanted = _floating(wanted)
         if not wanted:
@@ -118,20 +117,38 @@ _BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _RANDOM = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU)
 
 
-def _refuse_training(f: Callable[..., Any]) -> None:
-    """What changes with each call has no inverse: the derivative would belong to another function than the values.
+@dataclass(frozen=True, eq=False)
+class _InEvalMode:
+    """f, as long as some of its modules are in eval mode: in train mode they change with each call.
 
-    And the running statistics of batch norm would be those of points that a search has tried.
+    So the derivative would belong to another function than the values, and the running statistics of batch norm would be
+    those of points that a search has tried.
     """
-    if torch.compiler.is_dynamo_compiling():
-        return
-    for part in (part for module in Reach.of(f).modules for part in module.modules()):
-        random = isinstance(part, _RANDOM) and getattr(part, "p", 1.0) > 0
-        if part.training and (random or isinstance(part, _BATCH_NORM)):
-            raise StructureError(
-                f"`{_CALLER}`: f runs {part!r} in train mode, where it changes with each call and has no inverse. Call eval() "
-                "on it, or hand over what changes, such as a mask, as a further argument of f."
-            )
+
+    f: Callable[..., Any]
+    parts: tuple[nn.Module, ...]
+
+    @staticmethod
+    def of(f: Callable[..., Any]) -> Callable[..., Any]:
+        if torch.compiler.is_dynamo_compiling():
+            return f
+        inside = [part for module in Reach.of(f).modules for part in module.modules()]
+        random = [part for part in inside if isinstance(part, _RANDOM) and getattr(part, "p", 1.0) > 0]
+        parts = (*random, *[part for part in inside if isinstance(part, _BATCH_NORM)])
+        return _InEvalMode(f, parts).checked() if parts else f
+
+    def checked(self) -> "_InEvalMode":
+        """The same, or StructureError."""
+        part = next((part for part in self.parts if part.training), None)
+        if part is None:
+            return self
+        raise StructureError(
+            f"`{_CALLER}`: f runs {part!r} in train mode, where it changes with each call and has no inverse. Call eval() "
+            "on it, before the derivative too, or hand over what changes, such as a mask, as a further argument of f."
+        )
+
+    def __call__(self, *args: Tree) -> Tree:
+        return self.checked().f(*args)
 
 
 def _floating(leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -165,7 +182,9 @@ class Inverted:
         """y with f(y, *args) = x; the search starts at init."""
         part, tensors = Partition.of(init)
         init = part.join([t.detach() for t in tensors])
-        return solve(self._seeing(x, args, init), x, args, {"init": init})
+        problem, f = self._seeing(x, args, init), self.problem.evidence
+        steady = _InEvalMode.of(f)
+        return solve(problem if steady is f else replace(problem, evidence=steady), x, args, {"init": init})
 
     def _seeing(self, x: Tree, args: tuple[Tree, ...], init: Tree) -> InverseProblem:
         """The problem, with the tensors that f reads where no walk finds them."""

@@ -282,7 +282,38 @@ def test_a_tensor_that_becomes_a_number_is_an_error(event_dim):
         torch.autograd.grad(y.sum(), x)
 
 
-K, SINH = 2.0, torch.sinh
+FROZEN = {
+    "inverse": lambda f, g: fi.custom_inverse(g, f, event_dim=0),
+    "vectors": lambda f, g: fi.custom_inverse(g, f, event_dim=1),
+    "whole": lambda f, g: fi.custom_inverse(g, f),
+    "root": lambda f, g: fi.custom_root(g, lambda y, x: f(y) - x, event_dim=1),
+    "jacobian": lambda f, g: fi.custom_jacobian(g, lambda x: g(torch.ones_like(x)), event_dim=0),
+    "differences": lambda f, g: fi.finite_difference(g, event_dim=0),
+    "invert": lambda f, g: fi.invert(f, event_dim=0),
+}
+
+
+@pytest.mark.parametrize("rule", FROZEN.values(), ids=FROZEN)
+@pytest.mark.parametrize("where", ["closure", "module"])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_frozen_in_the_forward_pass_and_free_in_the_backward(rule, where, create_graph):
+    """As networks that train in turn: what had no derivative then has none now; a change of it is told as ever."""
+    net = nn.Module()
+    net.c = nn.Parameter(torch.tensor([2.0, 3.0, 1.5], dtype=torch.float64), requires_grad=False)
+    held = net if where == "module" else types.SimpleNamespace(c=net.c.detach())
+    h, x = rule(lambda y: held.c * y, lambda x: x / held.c), X[0].clone().requires_grad_()
+    y = h(x).sum()
+    held.c.requires_grad_()
+    assert_close(torch.autograd.grad(y, x, create_graph=create_graph)[0], 1 / held.c.detach(), 1e-7)
+    assert held.c.grad is None
+    held.c.requires_grad_(False)
+    y = h(x).sum()
+    held.c.add_(1).requires_grad_()
+    with pytest.raises(fi.NoDerivativeError, match="changed in place"):
+        torch.autograd.grad(y, x, create_graph=create_graph)
+
+
+K = 2.0
 
 
 def scaled(y):

@@ -184,6 +184,83 @@ def test_batch_norm_keeps_its_statistics():
     assert_close(inverse(x), exact)
 
 
+@pytest.mark.parametrize("part", [nn.BatchNorm1d(3, **double), nn.Dropout(0.5)], ids=repr)
+@pytest.mark.parametrize("event_dim", [1, 2])
+def test_train_mode_between_values_and_derivative(part, event_dim):
+    """The derivative would be that of another function, and train the statistics."""
+    inverse = fi.InverseModule(nn.Sequential(Affine(), part), event_dim=event_dim).eval()
+    x = torch.randn(5, 3, **double, requires_grad=True)
+    y, plain = inverse(x).sum(), fi.invert(lambda y: inverse.module(y), event_dim=event_dim)(x).sum()
+    want = torch.autograd.grad(inverse(x).sum(), x)
+    inverse.train()
+    for total in (y, plain):
+        with pytest.raises(fi.StructureError, match=r"in train mode.* Call eval"):
+            torch.autograd.grad(total, x, retain_graph=True)
+    assert getattr(part, "num_batches_tracked", 0) == 0
+    inverse.eval()
+    assert_close(torch.autograd.grad(y, x), want)
+
+
+def test_weights_kept_by_parametrize():
+    """Those that parametrize.cached() keeps were computed from other values than those that f is to read."""
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3, **double))
+    with torch.no_grad():
+        layer.parametrizations.weight.original1.add_(2 * torch.eye(3, **double))
+    x = torch.randn(5, 3, **double)
+
+    def exact(x):
+        return torch.linalg.solve(layer.weight, (x - layer.bias).mT).mT
+
+    want, plain = gradients(layer, exact(x)), gradients(layer, layer(x))
+    by_solving = fi.custom_inverse(exact, layer, event_dim=1)
+    for h in (fi.invert(layer, event_dim=1), fi.InverseModule(layer, event_dim=1), by_solving):
+        for before in (False, True):
+            with nn.utils.parametrize.cached():
+                if before:
+                    layer(x)
+                assert_close(gradients(layer, h(x)), want, 1e-7)
+                assert_close(gradients(layer, layer(x)), plain)
+
+
+class SetsItselfUp(nn.Module):
+    """As flows are initialised by their first batch."""
+
+    def __init__(self, set_up):
+        super().__init__()
+        self.shift, self.ready, self.set_up = nn.Parameter(torch.zeros(3, **double)), False, set_up
+
+    def forward(self, y):
+        if not self.ready:
+            self.set_up(self, -y.detach().mean(0))
+            self.ready = True
+        return y + self.shift
+
+
+def test_a_module_that_exchanges_its_parameters_while_it_runs():
+    """It would do so to what stands in for them."""
+
+    def data(module, value):
+        module.shift.data = value
+
+    def whole(module, value):
+        module.shift = nn.Parameter(value)
+
+    def in_place(module, value):
+        module.shift.data.copy_(value)
+
+    x = torch.randn(5, 3, **double) + 4
+    for set_up, text in ((data, r"its parameter 'shift' another tensor.*Run it once by itself"), (whole, "live tensor")):
+        module = SetsItselfUp(set_up)
+        with pytest.raises(fi.NoDerivativeError, match=text):
+            fi.InverseModule(module, event_dim=1)(x.clone().requires_grad_())
+        module.ready = False
+        module(x)
+        assert_close(fi.InverseModule(module, event_dim=1)(x), x - module.shift)
+    module = SetsItselfUp(in_place)
+    assert_close(fi.InverseModule(module, event_dim=1)(x), x - module.shift)
+    assert module.shift.abs().min() > 1
+
+
 def test_what_is_no_module():
     with pytest.raises(TypeError, match=r"use invert\(\) for a function"):
         fi.InverseModule(torch.sin)
