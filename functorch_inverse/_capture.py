@@ -23,9 +23,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from functorch_inverse import _torch
-from functorch_inverse._changes import Changes, Frozen, Refusing, changes, layers, tensors_in, version
+from functorch_inverse._changes import Changes, Frozen, Refusing, changes, layers, refuse_memo, tensors_in, version
+from functorch_inverse._graph import leaves_of
 from functorch_inverse._reach import Reach, Slots, slots_of
 from functorch_inverse._sight import Sight
+from functorch_inverse._swap import swapped, unswapped
 from functorch_inverse._transforms import has_history, is_live, is_open
 from functorch_inverse.errors import NoDerivativeError
 
@@ -72,7 +74,7 @@ class Captured:
         reach = reach or sight.reach()
         if not (reach.modules or reach.tensors):
             return cls(sight, reach=reach)
-        with _unswapped(reach.modules):
+        with unswapped(reach.modules):
             held = slots_of(reach.modules)
         known = {id(t) for t, _ in held}
         flags = [wanted(t) for t, _ in held]
@@ -86,6 +88,7 @@ class Captured:
         loose = tuple(t for t in reach.tensors if explicit(t))
         if any(map(has_history, loose)):
             sight.forget()
+            _refuse_memos(loose, (*(t for t, _ in state), *loose))
         return cls(
             sight=sight,
             slots=tuple(slots for _, slots in state),
@@ -114,11 +117,11 @@ class Captured:
 
     def running(
         self, values: Sequence[Tensor], given: Sequence[Tensor] = (), *, watched: bool = True, later: bool = False
-    ) -> AbstractContextManager[None]:
+    ) -> AbstractContextManager[Refusing | None]:
         """Let every function called inside read these values instead.
 
         If `watched`, what it reads from below the level of these values and of what it was given is an error. `later`, after
-        the forward pass, so is what has changed since then.
+        the forward pass, so is what has changed since then; what is new and read comes back.
         """
         if torch.compiler.is_dynamo_compiling():  # f runs in the open graph
             return nullcontext()
@@ -128,18 +131,16 @@ class Captured:
         return self._running(values, level, found) if values or level > 0 or found else nullcontext()
 
     @contextmanager
-    def _running(self, values: Sequence[Tensor], level: int, found: Changes | None) -> Iterator[None]:
+    def _running(self, values: Sequence[Tensor], level: int, found: Changes | None) -> Iterator[Refusing | None]:
         n, (_, held, loose) = len(self.slots), found or Changes({}, [], [])
         with ExitStack() as stack:
             if n or held:
                 places = (*self.slots, *[slots for slots, _ in held])
-                stack.enter_context(_swapped(places, (*values[:n], *[tensor for _, tensor in held])))
+                stack.enter_context(swapped(places, (*values[:n], *[tensor for _, tensor in held])))
             if self.loose or loose or level > 0:
                 read, instead = (tuple(t[k] for t in loose) for k in (0, 1))
                 stack.enter_context(_Substitute((*self.loose, *read), (*values[n:], *instead), level))
-            if found and found.suspects:
-                stack.enter_context(Refusing(found.suspects))
-            yield
+            yield stack.enter_context(Refusing(found.suspects)) if found and found.suspects else None
 
     def changes(self) -> Changes | None:
         """What f must not read, since it is not as it was when this was captured."""
@@ -151,7 +152,7 @@ class Captured:
         as_it_was = reach is self.reach and not (self.loose or self.frozen or any(t.requires_grad for t in reach.tensors))
         if as_it_was and tuple(map(version, reach.tensors)) == self.versions:
             return None
-        with _unswapped(reach.modules):
+        with unswapped(reach.modules):
             found = changes(self.reach, reach, self.versions, self.loose, self.frozen)
         return found if any(found) else None
 
@@ -180,55 +181,13 @@ class Captured:
         return not reached or (not any(map(is_open, reached)) and tuple(map(version, reached)) == self.versions)
 
 
-# A module's parameters are swapped in place: two threads must not do so at once, and none may take what another
-# thread put there for the parameters themselves.
-_SWAPPING = threading.RLock()
-
-
-def _unswapped(modules: Sequence[Any]) -> AbstractContextManager[Any]:
-    """While modules are looked into, no other thread swaps their parameters."""
-    return _SWAPPING if modules and not torch.compiler.is_dynamo_compiling() else nullcontext()
-
-
-@contextmanager
-def _swapped(slots: Sequence[Slots], values: Sequence[Tensor]) -> Iterator[None]:
-    """Other values in the places of parameters and buffers, also where the module's own forward is running."""
-    if not all(isinstance(space, dict) for places in slots for space, _ in places):
-        raise NoDerivativeError(
-            "f reaches a module of torch.jit.script, whose parameters cannot be given other values. Use the module that it was "
-            "made from."
-        )
-    with _SWAPPING:
-        own = [(space, name, space.get(name)) for places in slots for space, name in places]
-        # Weights that were computed from other values are not to be read, and those of these are not to be kept.
-        weights = _torch.exchange_cached_weights({})
-        try:
-            for places, value in zip(slots, values, strict=True):
-                for space, name in places:
-                    space[name] = value
-            before = list(map(_memory, values))
-            yield
-            _refuse_exchange(slots, values, before)
-        finally:
-            _torch.exchange_cached_weights(weights)
-            for space, name, tensor in own:
-                space[name] = tensor
-
-
-def _memory(tensor: Tensor) -> Any:
-    mark = _torch.mark(tensor)
-    return mark and mark[0]
-
-
-def _refuse_exchange(slots: Sequence[Slots], values: Sequence[Tensor], before: Sequence[Any]) -> None:
-    """What a function puts in the place of a parameter would go with what stood in for it."""
-    for places, value, memory in zip(slots, values, before, strict=True):
-        if any(space.get(name) is not value for space, name in places) or _memory(value) != memory:
-            raise NoDerivativeError(
-                f"g or f gives its parameter {places[0][1]!r} another tensor, or other `.data`, while it runs with others in "
-                "the place of its parameters; it would be lost. Run it once by itself, where it sets them up so, or change "
-                "the values in place (copy_)."
-            )
+def _refuse_memos(loose: Sequence[Tensor], known: Sequence[Tensor]) -> None:
+    """A graph that ends in what stood in for a tensor, which has its memory, would keep the derivative to itself."""
+    leaves = [t for t in known if _torch.can_inspect(t) and not has_history(t)]
+    ids, places = set(map(id, leaves)), {t.data_ptr() for t in leaves}
+    for tensor in (t for t in loose if has_history(t) and _torch.can_inspect(t)):
+        if any(id(end) not in ids and end.data_ptr() in places for end in leaves_of(tensor)):
+            refuse_memo(tensor)
 
 
 class _Substitute(TorchFunctionMode):

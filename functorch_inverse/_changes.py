@@ -15,7 +15,11 @@ from functorch_inverse._reach import Reach, Slots, slots_of
 from functorch_inverse._transforms import is_open
 from functorch_inverse.errors import NoDerivativeError
 
-__all__ = ["Changes", "Frozen", "Refusing", "changes", "layers", "tensors_in", "version"]
+__all__ = ["Changes", "Frozen", "Refusing", "changes", "layers", "refuse_memo", "tensors_in", "version"]
+
+
+# What came to a place where there was nothing.
+NEW = "new"
 
 
 class Frozen(NamedTuple):
@@ -62,7 +66,8 @@ def changes(then: Reach, now: Reach, versions: Sequence[int], known: Sequence[Te
         tensors = [found for found in new if isinstance(found, Tensor)]
         if lost:  # what is new may stand in the place of it
             tensors += [t for t, _ in slots_of(found for found in new if not isinstance(found, Tensor))]
-        suspects.update((id(t), (t, "exchanged")) for t in tensors if lost or is_open(t))
+        # One that came to others may be a warm start, or what was computed of parameters and lacks their derivatives.
+        suspects.update((id(t), (t, "exchanged" if lost or is_open(t) else NEW)) for t in tensors)
     captured = set(map(id, known))
     seen = [*zip(then.tensors, versions, strict=True), *[(t, number) for _, t, number in frozen]]
     suspects.update((id(t), (t, "changed in place")) for t, number in seen if id(t) not in captured and version(t) != number)
@@ -89,11 +94,12 @@ def version(tensor: Tensor) -> int:
 
 
 class Refusing(TorchFunctionMode):
-    """NoDerivativeError where a function inside reads a suspect."""
+    """NoDerivativeError where a function inside reads a suspect; what is merely new and read is collected."""
 
     def __init__(self, suspects: dict[int, tuple[Tensor, str]]) -> None:
         super().__init__()
         self.suspects = suspects
+        self.new: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = None
@@ -103,7 +109,9 @@ class Refusing(TorchFunctionMode):
                 return result
         for tensor in tensors_in(args, kwargs):
             what = next((self.suspects[key][1] for key in layers(tensor) if key in self.suspects), None)
-            if what is not None:
+            if what is NEW:
+                self.new.append(tensor)
+            elif what is not None:
                 _refuse(f"a tensor of shape {tuple(tensor.shape)}", what)
         return func(*args, **(kwargs or {})) if result is None else result
 
@@ -119,6 +127,15 @@ def layers(tensor: Tensor) -> Iterator[int]:
 def tensors_in(*trees: Any) -> Iterator[Tensor]:
     """The tensors in some trees."""
     return (leaf for leaf in _torch.tree_leaves(trees) if isinstance(leaf, Tensor))
+
+
+def refuse_memo(tensor: Tensor) -> NoReturn:
+    """NoDerivativeError for what a function computed while it ran, and kept."""
+    raise NoDerivativeError(
+        f"f reads a tensor of shape {tuple(tensor.shape)} that an earlier run of g or f has kept (a cache, an attribute). It "
+        "may come of parameters, whose derivatives it would lack, since others stood in for them. Compute it in each run, or "
+        "before, and hand it over as an argument: g(x, tensor) with f(y, tensor)."
+    )
 
 
 def _refuse(which: str, what: str, more: str = "") -> NoReturn:

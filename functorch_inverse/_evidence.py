@@ -6,8 +6,11 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
+from functorch_inverse import _torch
 from functorch_inverse._call import merge
 from functorch_inverse._capture import Captured
+from functorch_inverse._changes import refuse_memo
+from functorch_inverse._graph import walk
 from functorch_inverse._in_place import keeping
 from functorch_inverse._tree import Partition, Tree
 from functorch_inverse.errors import NoDerivativeError
@@ -44,7 +47,7 @@ class Evidence:
         n = len(self.args.places)
         m = len(theta) - self.captured.count
         everything = self.y.join(merge(self.differentiable, y, theta[n:m]))
-        with self.captured.running(theta[m:], (*y, *theta), watched=not self.by_graph, later=True):
+        with self.captured.running(theta[m:], (*y, *theta), watched=not self.by_graph, later=True) as seen:
             try:
                 kept = theta if self.on_copies else (*y, *theta)
                 result = keeping(kept, self.f, everything, *self.args.join(theta[:n]))
@@ -52,7 +55,16 @@ class Evidence:
                 if self.captured.loose and "INTERNAL ASSERT" in str(error):
                     _refuse_hidden_argument(error)
                 raise
-            return self.pick(result)
+            leaves = self.pick(result)
+            if seen is not None and seen.new:
+                _check_memo(seen.new, leaves, theta[m:])
+            return leaves
+
+
+def _check_memo(new: Tensors, leaves: Tensors, captured: Tensors) -> None:
+    """A tensor that was not there before g ran may be made of what f does not read otherwise."""
+    if captured and (_torch.transforms_active() or walk(leaves, [t for t in captured if t.requires_grad])[2]):
+        refuse_memo(new[0])
 
 
 # torch.func looks at the arguments of a function below everything that can be watched from Python.

@@ -12,7 +12,7 @@ from functorch_inverse._rows import jacobian_of_graph
 from functorch_inverse._tape import Tape, tape_of_graph
 from functorch_inverse.errors import NoDerivativeError
 
-__all__ = ["Graph", "check_graph", "refuse_constant", "rows_together", "walk"]
+__all__ = ["Graph", "check_graph", "leaves_of", "refuse_constant", "rows_together", "walk"]
 
 # Few rows are fastest one by one, but where they have many numbers; and a small Jacobian as one batch of rows.
 _MANY_ROWS, _MANY_NUMBERS, _SMALL = 4, 2**12, 2**13
@@ -125,3 +125,8 @@ def walk(outputs: Sequence[Tensor], known: Sequence[Tensor]) -> tuple[list[Any],
             else:
                 foreign = node.variable
     return queue, foreign, unmet
+
+
+def leaves_of(*outputs: Tensor) -> list[Tensor]:
+    """The tensors in which a graph ends."""
+    return [node.variable for node in walk(outputs, ())[0] if hasattr(node, "variable")]

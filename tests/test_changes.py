@@ -313,6 +313,75 @@ def test_frozen_in_the_forward_pass_and_free_in_the_backward(rule, where, create
         torch.autograd.grad(y, x, create_graph=create_graph)
 
 
+class Memo(nn.Module):
+    """A weight that is computed once and kept."""
+
+    def __init__(self, others=False):
+        super().__init__()
+        self.w, self.kept, self.mask, self.before = nn.Parameter(torch.tensor(0.7, dtype=torch.float64)), None, None, None
+        self.others = nn.Linear(2, 2) if others else None
+
+    def weight(self):
+        if self.kept is None:
+            self.kept = self.w.exp()
+        return self.kept
+
+    def masked(self, y):
+        if self.mask is None:
+            self.mask = torch.ones(3, dtype=torch.float64)
+        return self.w.exp() * self.mask * y
+
+
+@pytest.mark.parametrize("event_dim", [0, 1, None])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_what_was_computed_of_parameters_and_kept(event_dim, create_graph):
+    """While g and f run, others stand in for the parameters, so what they keep has no way back to them."""
+
+    def gradient(h):
+        return torch.autograd.grad(h(X).sum(), memo.w, create_graph=create_graph)[0]
+
+    memo = Memo()
+    both = fi.custom_inverse(lambda x: x / memo.weight(), lambda y: memo.weight() * y, event_dim=event_dim)
+    with pytest.raises(fi.NoDerivativeError, match="an earlier run of g or f has kept"):
+        gradient(both)
+    memo = Memo()
+    memo.weight()
+    assert_close(gradient(both), -(X / memo.w.exp()).sum())
+    memo = Memo()
+    by_f = fi.custom_inverse(lambda x: x / memo.w.exp(), lambda y: memo.weight() * y, event_dim=event_dim)
+    error = None
+    for _ in range(3):
+        try:  # right as long as it can be
+            assert_close(gradient(by_f), -(X / memo.w.exp()).sum())
+        except fi.NoDerivativeError as found:
+            error = str(found)
+            break
+    assert error is None or "an earlier run of g or f has kept" in error
+    assert error or create_graph
+
+
+def test_a_constant_that_is_made_once_and_kept():
+    """It is no matter, as long as f reads the parameters besides."""
+
+    def g(x):
+        memo.before = x / memo.w.exp()
+        memo.masked(memo.before)
+        return memo.before.clone()
+
+    x = X.clone().requires_grad_()
+    for event_dim in (0, 1):
+        memo = Memo()
+        h = fi.custom_inverse(g, memo.masked, event_dim=event_dim)
+        for _ in range(2):
+            dw, dx = torch.autograd.grad(h(x).sum(), (memo.w, x))
+            assert_close([dw, dx], [-(X / memo.w.exp()).sum(), (1 / memo.w.exp()).expand_as(X)])
+        memo = Memo(others=True)
+        h = fi.custom_inverse(g, memo.masked, event_dim=event_dim)
+        with pytest.raises(fi.NoDerivativeError, match="an earlier run of g or f has kept"):
+            torch.autograd.grad(h(x).sum(), memo.w)  # nobody can tell it from a weight of the other layer
+        assert_close(torch.autograd.grad(h(x).sum(), memo.w)[0], -(X / memo.w.exp()).sum())
+
+
 K = 2.0
 
 
