@@ -13,7 +13,7 @@ from torch import Tensor
 from functorch_inverse import _torch
 from functorch_inverse._call import Given, Problem, Values, solve
 from functorch_inverse._capture import Captured
-from functorch_inverse._points import unit_vectors, values_at, with_center
+from functorch_inverse._points import given_step, unit_vectors, values_at, with_center
 from functorch_inverse._pullback import Tensors
 from functorch_inverse._stencils import Estimate, Method, Order, Stencil, stencil
 from functorch_inverse._tree import Partition, Tree, event_dims, flatten, is_differentiable
@@ -231,21 +231,9 @@ class _Point:
             order = 4 if how.method == "central" else 3
         return stencil(how.caller, how.method, order)
 
-    def _given_step(self, x: Tensor) -> Tensor:
-        h = torch.as_tensor(self.how.step, dtype=x.dtype, device=x.device)
-        try:
-            h = h.expand(x.shape)
-        except RuntimeError as error:
-            raise StructureError(
-                f"`{self.how.caller}`: `step` of shape {tuple(h.shape)} does not broadcast against x, {tuple(x.shape)}."
-            ) from error
-        if not torch.compiler.is_dynamo_compiling() and not (h > 0).all():
-            raise ValueError(f"`{self.how.caller}`: `step` must be positive everywhere; it goes down to {float(h.min()):.3g}.")
-        return (x + h) - x  # the step that the numbers can make
-
     def _step(self, x: Tensor, rule: Stencil, total: int, relative: bool) -> Tensor:
         if self.how.step is not None:
-            return self._given_step(x)
+            return given_step(self.how.caller, self.how.step, x)
         size = x.abs()
         length = torch.where(_is_far(x, total), size if relative else 1.0, size.clamp(max=1))
         length = torch.where(size > 0, length, 1.0)

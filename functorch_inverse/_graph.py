@@ -103,8 +103,8 @@ def _ends_inside(nodes: Sequence[Any], outputs: Sequence[Tensor], y: Sequence[Te
 def refuse_constant() -> NoReturn:
     """NoDerivativeError for an f that does not use y."""
     raise NoDerivativeError(
-        "f(y, *args) does not depend on y in a way that torch can see: it detaches y, rounds it to integers, "
-        "or does not use it. f must be made of differentiable torch operations from y to x."
+        "f(y, *args), or the residual, does not depend on y in a way that torch can see: it detaches y, rounds it to "
+        "integers, or does not use it. It must be made of differentiable torch operations from y to what it returns."
     )
 
 

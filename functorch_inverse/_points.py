@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functorch_inverse import _torch
 from functorch_inverse._pullback import Tensors
+from functorch_inverse.errors import StructureError
 
-__all__ = ["unit_vectors", "values_at", "with_center"]
+__all__ = ["given_step", "unit_vectors", "values_at", "with_center"]
 
 
 def unit_vectors(x: Tensor, event: Sequence[int]) -> Tensor:
@@ -43,3 +45,23 @@ _WIDE = dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), torch.floa
 def with_center(values: Tensor, center: Tensor, at: int) -> Tensor:
     row = center.to(values.dtype).expand(values.shape[1:]).unsqueeze(0)
     return torch.cat([values[:at], row, values[at:]])
+
+
+def given_step(caller: str, step: float | Tensor, x: Tensor) -> Tensor:
+    """A step that the user asks for, as the numbers beside x can make it."""
+    h = torch.as_tensor(step, dtype=x.dtype, device=x.device)
+    try:
+        h = h.expand(x.shape)
+    except RuntimeError as error:
+        raise StructureError(
+            f"`{caller}`: `step` of shape {tuple(h.shape)} does not broadcast against x, {tuple(x.shape)}."
+        ) from error
+    made = (x + h) - x
+    if _torch.can_inspect(h) and not (h > 0).all():
+        raise ValueError(f"`{caller}`: `step` must be positive everywhere; it goes down to {float(h.min()):.3g}.")
+    if _torch.can_inspect(made) and (made == 0).any():
+        raise ValueError(
+            f"`{caller}`: `step` is lost beside x = {float(x[made == 0][0]):.3g} in {x.dtype}, where x + step == x. Take a "
+            "larger one, or step=None, which is relative to each number."
+        )
+    return made

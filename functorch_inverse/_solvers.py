@@ -25,6 +25,9 @@ class _ByValues:
     solver: ValueSolver
     exact: ClassVar[bool] = True
 
+    def __repr__(self) -> str:
+        return repr(self.solver)
+
     def factorise(self, operator: JacobianOperator) -> Factors:
         return _Iterated(self.solver, operator)
 
@@ -44,6 +47,9 @@ class _Iteration:
     """A Krylov solver, preconditioned by what is near A where there is such a thing."""
 
     krylov: Krylov
+
+    def __repr__(self) -> str:
+        return repr(self.krylov)
 
     def values(self, system: System, b: Tensor) -> Tensor:
         if system.near is None:

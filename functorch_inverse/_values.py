@@ -124,8 +124,9 @@ class BlackBox:
     def _outputs(self, y: Tree) -> tuple[Partition, list[Any]]:
         part, arrays = Partition.of(torch.as_tensor(y) if isinstance(y, float | complex) else y, is_array)
         if not arrays:
+            name = "g" if self.caller == "custom_inverse" else "the function"
             raise StructureError(
-                f"`{self.caller}`: g returned {type(y).__name__} without any tensor or array in it. {instead_of(y)}"
+                f"`{self.caller}`: {name} returned {type(y).__name__} without any tensor or array in it. {instead_of(y)}"
             )
         if torch.compiler.is_dynamo_compiling():  # which traces NumPy into operations of torch
             arrays = tuple([leaf if isinstance(leaf, Tensor) else from_array(leaf) for leaf in arrays])

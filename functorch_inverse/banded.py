@@ -63,8 +63,8 @@ class Banded:
     def __post_init__(self) -> None:
         if self.on_singular not in ("raise", "nan"):
             raise ValueError(f"`Banded`: `on_singular` is {self.on_singular!r}; choose 'raise' or 'nan'.")
-        if min(self.lower, self.upper) < 0:
-            raise ValueError(f"`Banded`: lower={self.lower}, upper={self.upper}; counts of diagonals are 0, 1, 2, ...")
+        if not all(isinstance(count, int) and count >= 0 for count in (self.lower, self.upper)):
+            raise ValueError(f"`Banded`: lower={self.lower!r}, upper={self.upper!r}; counts of diagonals are 0, 1, 2, ...")
 
     def factorise(self, operator: JacobianOperator) -> "BandedFactors":
         """The factors of all samples, shared by all solves with them."""

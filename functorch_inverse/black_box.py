@@ -152,7 +152,7 @@ def black_box(
     for name, function in (("fn", fn), ("result", result)):
         if not callable(function) and (name == "fn" or function is not None):
             raise TypeError(f"`{_CALLER}`: `{name}` is {function!r}; a callable is needed.")
-    if threads is not None and threads < 1:
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise ValueError(f"`{_CALLER}`: threads={threads}; choose None, for no pool, or a positive number.")
     if torch.compiler.is_dynamo_compiling():
         raise NotImplementedError(f"`{_CALLER}`: make the black box outside the compiled region, and call it inside.")

@@ -154,12 +154,7 @@ class CustomJacobian:
 
     def __call__(self, *args: Tree, **kwargs: Any) -> Tree:
         """fn(*args, **kwargs)."""
-        numbers = self.argnums if isinstance(self.argnums, tuple) else (self.argnums,)
-        if max(numbers) >= len(args):
-            raise TypeError(
-                f"`{self.problem.caller}`: argnums={self.argnums} needs {max(numbers) + 1} positional arguments, "
-                f"{len(args)} arrived. Pass the arguments to differentiate by position."
-            )
+        numbers = places_of(self.problem.caller, self.argnums, len(args))
         if kwargs:
             self.parameters.check(self.problem.caller, kwargs, len(args))
         chosen = tuple(args[i] for i in numbers)
@@ -240,6 +235,17 @@ def check_callables(caller: str, **functions: Any) -> None:
     for name, function in functions.items():
         if not callable(function):
             raise TypeError(f"`{caller}`: `{name}` is {function!r}; a callable is needed.")
+
+
+def places_of(caller: str, argnums: int | tuple[int, ...], count: int) -> tuple[int, ...]:
+    """argnums as a tuple, or TypeError where so many positional arguments are too few."""
+    numbers = argnums if isinstance(argnums, tuple) else (argnums,)
+    if max(numbers) >= count:
+        raise TypeError(
+            f"`{caller}`: argnums={argnums} needs {max(numbers) + 1} positional arguments, {count} arrived. Pass the arguments "
+            "to differentiate by position."
+        )
+    return numbers
 
 
 def check_argnums(caller: str, argnums: Any) -> None:

@@ -17,7 +17,7 @@ from functorch_inverse._explicit import JacobianProblem
 from functorch_inverse._stencils import Method, Order, stencil
 from functorch_inverse._tree import Partition, Tree, event_dims, is_differentiable, prefix_values
 from functorch_inverse._values import VmapMethod, check_vmap_method
-from functorch_inverse.custom import Chosen, CustomJacobian, check_argnums, check_callables
+from functorch_inverse.custom import Chosen, CustomJacobian, check_argnums, check_callables, places_of
 
 __all__ = ["DifferenceFunction", "finite_difference", "numerical_jacobian"]
 
@@ -194,7 +194,7 @@ def numerical_jacobian(
     """
     caller = "numerical_jacobian"
     how = _differences(caller, fn, argnums, method, order, step, noise, event_dim, out_event_dim, vmap_method, False)
-    numbers = argnums if isinstance(argnums, tuple) else (argnums,)
+    numbers = places_of(caller, argnums, len(args))
     chosen = tuple(args[i] for i in numbers)
     others = tuple(arg for i, arg in enumerate(args) if i not in numbers)
     problem = ValueProblem(caller=caller, g=_Judged(how), event_dim=event_dim, vmap_method=_for_derivative(how))
@@ -215,8 +215,13 @@ def _differences(caller: str, fn: Callable[..., Any], argnums: Any, method: Any,
     stencil(caller, method, order)
     how = Differences(caller, Chosen(fn, argnums), method, order, *rest)
     check_vmap_method(caller, how.vmap_method)
-    if not isinstance(how.step, int | float | Tensor | None):
-        raise TypeError(f"`{caller}`: `step` is {how.step!r}; a number, a tensor or None is needed.")
-    if not how.noise >= 0 or (isinstance(how.step, int | float) and not how.step > 0):
-        raise ValueError(f"`{caller}`: step={how.step}, noise={how.noise}: `step` is None or positive, `noise` not negative.")
+    if not isinstance(how.step, int | float | Tensor | None) or not isinstance(how.noise, int | float):
+        raise TypeError(
+            f"`{caller}`: step={how.step!r}, noise={how.noise!r}: `step` is a number, a tensor or None, `noise` a number."
+        )
+    if not 0 <= how.noise < 1 or (isinstance(how.step, int | float) and not 0 < how.step < float("inf")):
+        raise ValueError(
+            f"`{caller}`: step={how.step}, noise={how.noise}: `step` is None or positive and finite, `noise` not negative and "
+            "below 1, relative to the values."
+        )
     return how

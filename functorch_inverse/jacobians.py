@@ -65,7 +65,7 @@ def batch_jacobian(
                 [[4., 3.]]])
     """
     check_chunk_size(_CALLER, chunk_size)
-    partition, leaves = Partition.of(y, is_differentiable)
+    partition, leaves = _floating(_CALLER, y)
     dims = event_dims(event_dim, partition, leaves, _CALLER, "event_dim")
     batch = batch_shape(leaves, dims, _CALLER, "y")
     spec: list[Any] = []
@@ -127,9 +127,7 @@ def log_abs_det_jacobian(
     """
     caller = "log_abs_det_jacobian"
     solver = _chunked(caller, as_solver(caller, linear_solver), chunk_size)
-    partition, leaves = Partition.of(y, is_differentiable)
-    if not leaves:
-        raise StructureError(f"`{caller}`: y is {y!r}, without a floating tensor in it. Pass a tensor, or a pytree of those.")
+    partition, leaves = _floating(caller, y)
     dims = event_dims(event_dim, partition, leaves, caller, "event_dim")
     spec: list[Any] = []
 
@@ -145,6 +143,13 @@ def log_abs_det_jacobian(
         ladj = A.derivative().abs().log() if A.elementwise else _with_determinant(caller, solver, A).log_abs_det()
     ladj = ladj.to(real_dtype(leaves[0].dtype))
     return (unflatten(spec[0], A.pullback.values), ladj) if has_value else ladj
+
+
+def _floating(caller: str, y: Tree) -> tuple[Partition, tuple[Tensor, ...]]:
+    partition, leaves = Partition.of(y, is_differentiable)
+    if not leaves:
+        raise StructureError(f"`{caller}`: y is {y!r}, without a floating tensor in it. Pass a tensor, or a pytree of those.")
+    return partition, leaves
 
 
 def _chunked(caller: str, solver: LinearSolver, chunk_size: int | None) -> Any:

@@ -55,6 +55,8 @@ class _Direct:
         check_chunk_size(type(self).__name__, self.chunk_size)
         if self.on_singular not in ("raise", "nan"):
             raise ValueError(f"`{type(self).__name__}`: `on_singular` is {self.on_singular!r}; choose 'raise' or 'nan'.")
+        if not isinstance(getattr(self, "lower", True), bool):
+            raise ValueError(f"`{self!r}`: choose lower=True or lower=False.")
 
     def factorise(self, operator: JacobianOperator) -> Matrix:
         """The factors of all samples, shared by all solves with them."""

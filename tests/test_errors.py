@@ -544,3 +544,39 @@ def test_check_close_to_zero():
     x = torch.zeros(3, dtype=torch.float64)
     shifted = fi.custom_inverse(lambda x: x.numpy() + 1.0, lambda y: y - 1.0, check=True)
     assert torch.equal(shifted(x), x + 1)
+
+
+# --- options of other functions --------------------------------------------------------------------
+
+MISUSED = {
+    "too few arguments": (lambda: fi.numerical_jacobian(torch.sin), TypeError, words("argnums=0", "0 arrived", "position")),
+    "noise in words": (lambda: fi.finite_difference(torch.sin, noise="a"), TypeError, words("noise='a'", "number")),
+    "much noise": (lambda: fi.finite_difference(torch.sin, noise=2.0), ValueError, words("noise=2.0", "below 1")),
+    "endless step": (lambda: fi.finite_difference(torch.sin, step=float("inf")), ValueError, words("step=inf", "finite")),
+    "lost step": (
+        lambda: jacrev(fi.finite_difference(torch.sin, step=1e-30))(torch.ones(2)),
+        ValueError,
+        words("lost beside x = 1", "larger"),
+    ),
+    "lower in words": (lambda: fi.Triangular(lower="no"), ValueError, words("lower='no'", "lower=True")),
+    "half a thread": (lambda: fi.black_box(np.sin, threads=1.5), ValueError, words("threads=1.5", "positive number")),
+    "half a diagonal": (lambda: fi.Banded(1, 0.5), ValueError, words("upper=0.5", "0, 1, 2")),
+    "nothing returned": (lambda: fi.black_box(lambda x: None)(torch.ones(2)), fi.StructureError, words("black_box", "return")),
+    "no determinant": (
+        lambda: fi.log_abs_det_jacobian(torch.sin, torch.ones(2, 2), linear_solver=fi.GMRES()),
+        ValueError,
+        words("is GMRES", "LU"),
+    ),
+    "integers": (lambda: fi.batch_jacobian(torch.sin, torch.ones(2, 2).int()), fi.StructureError, words("floating tensor")),
+    "a residual without y": (
+        lambda: jacrev(fi.custom_root(lambda x: x, lambda y, x: x))(torch.ones(2)),
+        fi.NoDerivativeError,
+        words("residual", "depend on y"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("misuse", "error", "pattern"), MISUSED.values(), ids=MISUSED)
+def test_misuse_of_other_functions(misuse, error, pattern):
+    with pytest.raises(error, match=pattern):
+        misuse()
