@@ -53,8 +53,8 @@ class _Values:
         if not y:
             raise StructureError(f"`{_CALLER}`: init is {init!r}, without a floating tensor in it. Pass values of y.")
         y_dims = self._y_dims(whole, tensors, chosen, given=init is not None)
-        captured = self._captured(wanted)
         rest, values = Partition.of(args)
+        captured = self._captured(wanted, rest)
         constants = [t for t in tensors if not is_differentiable(t)]
         f = Evidence(_Guarded(self.f, [init is None]), whole, chosen, rest, captured, Pick(_CALLER, target), on_copies=True)
         inverter = self._chosen(Layout.of(y, y_dims), y_dims + x_dims)
@@ -78,13 +78,14 @@ class _Values:
         single = y.size == 1 and not any(dims) and not any(d.is_complex for d in y.dtypes)
         return self.inverter or (Chandrupatla() if self.event_dim == 0 and single else Newton())
 
-    def _captured(self, x: tuple[Tensor, ...]) -> Captured:
-        """What f closes over as explicit inputs, where f runs at another level or precision than this code."""
+    def _captured(self, x: tuple[Tensor, ...], args: Partition) -> Captured:
+        """What f reaches as explicit inputs, where f runs at another level or precision than this code."""
         tracing = torch.compiler.is_dynamo_compiling()
         half = any(real_dtype(t.dtype) in _HALF for t in x)
         if tracing or not (_torch.transforms_active() or half or torch.is_inference_mode_enabled()):
             return Captured()
-        captured = Captured.of(Sight(self.f, self.seen), lambda t: is_open(t) or t.is_inference() or t.dtype in _HALF)
+        sight = Sight(self.f, self.seen, *args.others)
+        captured = Captured.of(sight, lambda t: is_open(t) or t.is_inference() or t.dtype in _HALF)
         return replace(captured, sight=None)  # nothing is exchanged while this runs
 
 

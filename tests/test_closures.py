@@ -908,3 +908,20 @@ def test_a_live_module_inside_of_x_whose_derivative_nobody_knows(rule):
     with pytest.raises(fi.NoDerivativeError, match="module, function or object in `argnums`"):
         held(x.clone().requires_grad_())
     assert_close([grad(run, 1)(c, x)], [1 / (1 + x**2).sqrt() / c], 1e-7)
+
+
+@pytest.mark.parametrize("event_dim", [0, 1, None])
+@pytest.mark.parametrize("x_too", [False, True])
+def test_invert_with_a_module_as_an_argument(event_dim, x_too):
+    """Also where nothing but its parameters is mapped."""
+    held = Held(None)
+    inverse = fi.invert(lambda y, net: torch.sinh(y * net["c"]), event_dim=event_dim)
+    held.h = lambda pair: inverse(*pair)
+    run = lambda c, x: torch.func.functional_call(held, {"part.c": c}, (x,))  # noqa: E731
+    exact = lambda c, x: (torch.asinh(x) / c).sum()  # noqa: E731
+    c = torch.tensor([[1.8, 2.6], [0.7, 1.1]], dtype=torch.float64)
+    x = torch.tensor([0.3, -0.5], dtype=torch.float64)
+    dims, inputs = ((0, 0), (c, torch.stack([x, x + 1]))) if x_too else ((0, None), (c, x))
+    for transform in (lambda f: f, lambda f: grad(f, (0, 1)), lambda f: jacfwd(grad(f), (0, 1))):
+        got, want = (vmap(transform(f), dims)(*inputs) for f in (run, exact))
+        assert_close(got, want, 1e-7)
