@@ -43,8 +43,7 @@ __all__ = ["solve_inverse"]
 
 _has_graph = operator.attrgetter("requires_grad")
 _DTYPES = (torch.float64, torch.float32)
-_RESULTS = (Tensor, Deferred)
-_LARGE = 2**12
+_RESULTS, _LARGE = (Tensor, Deferred), 2**12
 
 
 @_torch.called_eagerly
@@ -261,10 +260,11 @@ class _Short(Function):
         return y[0]
 
     @staticmethod
-    @through_vmap
     def backward(ctx: Any, v: Tensor | None) -> tuple[Tensor | None, ...]:
         if v is None:
             return (None,) * len(ctx.needs_input_grad)
+        if _torch.is_legacy_batched(v):
+            return _by_vmap(ctx, v)
         if _torch.top_hooks(False) is None:
             return _pulled(ctx, ctx.saved_tensors, v)
         with unhooked():
@@ -272,6 +272,7 @@ class _Short(Function):
 
 
 _apply = plain_apply(_Short)
+_by_vmap = through_vmap(_Short.backward)
 
 
 def _pulled(ctx: Any, saved: Tensors, v: Tensor) -> tuple[Tensor | None, ...]:

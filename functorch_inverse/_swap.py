@@ -10,6 +10,7 @@ from torch import Tensor
 
 from functorch_inverse import _torch
 from functorch_inverse._reach import Slots
+from functorch_inverse._tree import PLAIN
 from functorch_inverse.errors import NoDerivativeError
 
 __all__ = ["swapped", "unswapped"]
@@ -40,7 +41,7 @@ def swapped(slots: Sequence[Slots], values: Sequence[Tensor]) -> Iterator[None]:
             for places, value in zip(slots, values, strict=True):
                 for space, name in places:
                     space[name] = value
-            before = list(map(_memory, values))
+            before = _memory(values)
             yield
             _refuse_exchange(slots, values, before)
         finally:
@@ -49,17 +50,20 @@ def swapped(slots: Sequence[Slots], values: Sequence[Tensor]) -> Iterator[None]:
                 space[name] = tensor
 
 
-def _memory(tensor: Tensor) -> Any:
-    mark = _torch.mark(tensor)
-    return mark and mark[0]
+def _memory(tensors: Sequence[Tensor]) -> list[int | None]:
+    """Where those are that have values of their own."""
+    if _torch.recorded():
+        return [None] * len(tensors)
+    return [t.data_ptr() if type(t) in PLAIN and not _torch.is_wrapped(t) else None for t in tensors]
 
 
-def _refuse_exchange(slots: Sequence[Slots], values: Sequence[Tensor], before: Sequence[Any]) -> None:
+def _refuse_exchange(slots: Sequence[Slots], values: Sequence[Tensor], before: list[int | None]) -> None:
     """What a function puts in the place of a parameter would go with what stood in for it."""
-    for places, value, memory in zip(slots, values, before, strict=True):
-        if any(space.get(name) is not value for space, name in places) or _memory(value) != memory:
+    for places, value, then, now in zip(slots, values, before, _memory(values), strict=True):
+        space, name = places[0]
+        if then != now or space.get(name) is not value:
             raise NoDerivativeError(
-                f"g or f gives its parameter {places[0][1]!r} another tensor, or other `.data`, while it runs with others in "
+                f"g or f gives its parameter {name!r} another tensor, or other `.data`, while it runs with others in "
                 "the place of its parameters; it would be lost. Run it once by itself, where it sets them up so, or change "
                 "the values in place (copy_)."
             )
