@@ -127,6 +127,7 @@ def _eager(problem: Problem, given: Given) -> Tree:
     captured = captured.after_g()
     if captured.doubtful and problem.probes:
         captured = captured.reading(_watched(problem, given, values, ()))
+    captured.refuse_memos()
     if not captured.complete and problem.probes:
         captured = captured.including(_watched(problem, given, values, captured.tensors))
     if not (problem.check or live((*given.x_tensors, *given.arg_tensors, *captured.tensors))):

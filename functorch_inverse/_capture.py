@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from functorch_inverse import _torch
 from functorch_inverse._changes import Changes, Frozen, Refusing, changes, layers, refuse_memo, tensors_in, version
-from functorch_inverse._graph import leaves_of
+from functorch_inverse._graph import ends_in_a_stand_in
 from functorch_inverse._reach import Reach, Slots, slots_of
 from functorch_inverse._sight import Sight
 from functorch_inverse._swap import swapped, unswapped
@@ -88,7 +88,6 @@ class Captured:
         loose = tuple(t for t in reach.tensors if explicit(t))
         if any(map(has_history, loose)):
             sight.forget()
-            _refuse_memos(loose, (*(t for t, _ in state), *loose))
         return cls(
             sight=sight,
             slots=tuple(slots for _, slots in state),
@@ -137,23 +136,28 @@ class Captured:
             if n or held:
                 places = (*self.slots, *[slots for slots, _ in held])
                 stack.enter_context(swapped(places, (*values[:n], *[tensor for _, tensor in held])))
-            if self.loose or loose or level > 0:
-                read, instead = (tuple(t[k] for t in loose) for k in (0, 1))
-                stack.enter_context(_Substitute((*self.loose, *read), (*values[n:], *instead), level))
+            known = [*zip(self.loose, values[n:], strict=True), *loose, *self._both_ways(values)]
+            if known or level > 0:
+                stack.enter_context(_Substitute(known, level))
             yield stack.enter_context(Refusing(found.suspects)) if found and found.suspects else None
+
+    def _both_ways(self, values: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Parameters of modules that stand elsewhere, too, where they are read by identity; and their values."""
+        elsewhere = set(map(id, self.reach.tensors)) if self.slots and self.reach else ()
+        return [(t, value) for t, value, _ in zip(self.tensors, values, self.slots, strict=False) if id(t) in elsewhere]
 
     def changes(self) -> Changes | None:
         """What f must not read, since it is not as it was when this was captured."""
         if self.sight is None or self.reach is None or torch.compiler.is_dynamo_compiling():
             return None
         reach = self.sight.reach()
-        if any(map(has_history, self.loose)):
+        if any(map(has_history, reach.tensors)):
             self.sight.forget()
         as_it_was = reach is self.reach and not (self.loose or self.frozen or any(t.requires_grad for t in reach.tensors))
         if as_it_was and tuple(map(version, reach.tensors)) == self.versions:
             return None
         with unswapped(reach.modules):
-            found = changes(self.reach, reach, self.versions, self.loose, self.frozen)
+            found = changes(self.reach, reach, self.versions, (*self.loose, *self.tensors), self.frozen)
         return found if any(found) else None
 
     def after_g(self) -> "Captured":
@@ -166,28 +170,32 @@ class Captured:
         return any(has_history(t) and not self._is_named(t) for t in self.loose)
 
     def _is_named(self, tensor: Tensor) -> bool:
-        return self.reach is not None and self.reach.names(tensor)
+        return self.reach is not None and self.reach.named.holds(tensor)
 
     def reading(self, tensors: Sequence[Tensor]) -> "Captured":
         """Without those which are not among these, that f does read."""
         read, n = {key for t in tensors for key in layers(t)}, len(self.slots)
         kept = [k for k, t in enumerate(self.loose) if id(t) in read or not has_history(t) or self._is_named(t)]
-        own = [self.tensors[n + k] for k in kept]
-        return replace(self, loose=tuple([self.loose[k] for k in kept]), tensors=(*self.tensors[:n], *own))
+        own, loose = [self.tensors[n + k] for k in kept], tuple([self.loose[k] for k in kept])
+        reach, versions = self.reach, self.versions
+        if reach is not None:  # nor does the graph of this call keep them, and with them their own graphs
+            dropped = set(map(id, self.loose)) - set(map(id, loose))
+            stay = [id(t) not in dropped for t in reach.tensors]
+            versions = tuple(itertools.compress(versions, stay))
+            tensors = list(itertools.compress(reach.tensors, stay))
+            reach = replace(reach, tensors=tensors, trail=None, named=reach.named.without(dropped))
+        return replace(self, loose=loose, tensors=(*self.tensors[:n], *own), reach=reach, versions=versions)
+
+    def refuse_memos(self) -> None:
+        """An error for a graph that ends in what stood in for a tensor: it would keep the derivative."""
+        for tensor in filter(has_history, self.loose):
+            if _torch.can_inspect(tensor) and ends_in_a_stand_in(tensor):
+                refuse_memo(tensor)
 
     def captures_nothing_still(self) -> bool:
         """Whether what was reached has neither been changed in place nor got a derivative."""
         reached = self.reach.tensors if self.reach else ()
         return not reached or (not any(map(is_open, reached)) and tuple(map(version, reached)) == self.versions)
-
-
-def _refuse_memos(loose: Sequence[Tensor], known: Sequence[Tensor]) -> None:
-    """A graph that ends in what stood in for a tensor, which has its memory, would keep the derivative to itself."""
-    leaves = [t for t in known if _torch.can_inspect(t) and not has_history(t)]
-    ids, places = set(map(id, leaves)), {t.data_ptr() for t in leaves}
-    for tensor in (t for t in loose if has_history(t) and _torch.can_inspect(t)):
-        if any(id(end) not in ids and end.data_ptr() in places for end in leaves_of(tensor)):
-            refuse_memo(tensor)
 
 
 class _Substitute(TorchFunctionMode):
@@ -196,9 +204,9 @@ class _Substitute(TorchFunctionMode):
     All that f was given is wrapped at some level or above; an open tensor from below came in another way.
     """
 
-    def __init__(self, captured: Sequence[Tensor], values: Sequence[Tensor], level: int) -> None:
+    def __init__(self, known: Sequence[tuple[Tensor, Tensor]], level: int) -> None:
         super().__init__()
-        self.table = {id(t): v for t, v in zip(captured, values, strict=True)}
+        self.table = {id(t): value for t, value in known}
         self.level = level
         self.made: dict[int, Tensor] = {}
 

@@ -73,8 +73,7 @@ def changes(then: Reach, now: Reach, versions: Sequence[int], known: Sequence[Te
     suspects.update((id(t), (t, "changed in place")) for t, number in seen if id(t) not in captured and version(t) != number)
     # What had no derivative then has none now.
     held = [(kept.slots, _closed(kept.tensor, suspects)) for kept in frozen if kept.moved]
-    others = captured.union(id(kept.tensor) for kept in frozen)
-    opened = [t for t in then.tensors if t.requires_grad and id(t) not in others]
+    opened = [t for t in then.tensors if t.requires_grad and id(t) not in captured]
     return Changes(suspects, held, [(t, _closed(t, suspects)) for t in opened])
 
 

@@ -249,8 +249,10 @@ class _Inverse:
         m, n = matrix.shape[-2:]
         if m == n:
             self.inverse = _inverse(matrix)
-        else:
-            self.inverse = matrix.mT @ _inverse(matrix @ matrix.mT) if m < n else _inverse(matrix.mT @ matrix) @ matrix.mT
+        else:  # A = Q R, of which A^T A would square the condition
+            q, r = torch.linalg.qr(matrix if m > n else matrix.mT)
+            found = _inverse(r) @ q.mT
+            self.inverse = found if m > n else found.mT
 
     def solve(self, b: Tensor, *, transpose: bool = False) -> Tensor:
         inverse = self.inverse.mT if transpose else self.inverse

@@ -117,6 +117,7 @@ class _Point:
         self.y: Partition | None = None
         self.y_batch: list[int] = []
         self.precise, self.found_eps = True, 0.0
+        self.sizes: list[Tensor] = []
 
     def _is_far(self, times: int) -> bool:
         """Whether the two lengths, |x| and 1, are far apart somewhere; a trace cannot tell, nor can meta tensors."""
@@ -141,6 +142,7 @@ class _Point:
         far = self._is_far(times)
         kinds, judged = (False, True) if far else (False,), judged or far
         if times > 1:  # the inner differences use the same kind of step
+            self.sizes = [t.abs() for t in self.values_at_x()]
             tried = [self._difference(self.x, times, times, (kind,), judged)[0] for kind in kinds]
         else:
             tried = self._difference(self.x, 1, 1, kinds, judged)
@@ -218,9 +220,16 @@ class _Point:
             else:
                 # Values that are differences themselves have lost a factor of the step each time.
                 lost = lined_up.clamp(max=rule.step(self.eps, times)) ** (times - 1)
-                estimate = rule.combine(value, lined_up, self.eps / lost)
+                noise = self._noise(a // leaves ** (times - 1), value, lined_up, times) if times > 1 else 0.0
+                estimate = rule.combine(value, lined_up, self.eps / lost, noise)
             found.append(Estimate(*(t.movedim(0, -1).reshape(shape) for t in estimate)))
         return found
+
+    def _noise(self, leaf: int, value: Tensor, h: Tensor, times: int) -> Tensor:
+        """The rounding of fn in its derivatives, where these are far below it: beside large x."""
+        size = self.sizes[leaf]
+        large = torch.stack([(t.abs() > 1).any() for t in self.x]).any()
+        return self.eps * size.reshape((*size.shape, *(1,) * (value.ndim - 2 - size.ndim))) * large / h ** (times - 1)
 
     def _stencil(self, total: int) -> Stencil:
         how = self.how

@@ -19,7 +19,7 @@ from functorch_inverse._call import Given, Values, solve
 from functorch_inverse._capture import Captured
 from functorch_inverse._chunks import chunk_of, jacobian, widest
 from functorch_inverse._deferred import SMALL, Deferred, ForGraph
-from functorch_inverse._graph import Graph, check_graph
+from functorch_inverse._graph import Graph, check_graph, stand_in_for
 from functorch_inverse._hooks import unhooked
 from functorch_inverse._in_place import check_unchanged, keeping
 from functorch_inverse._inverse import InverseProblem
@@ -42,8 +42,7 @@ from functorch_inverse.operators import Equation
 __all__ = ["solve_inverse"]
 
 _has_graph = operator.attrgetter("requires_grad")
-_DTYPES = (torch.float64, torch.float32)
-_RESULTS, _LARGE = (Tensor, Deferred), 2**12
+_DTYPES, _RESULTS, _LARGE = (torch.float64, torch.float32), (Tensor, Deferred), 2**12
 
 
 @_torch.called_eagerly
@@ -56,6 +55,7 @@ def solve_inverse(problem: InverseProblem, x: Tree, args: tuple[Tree, ...], kwar
     outer = seen.captured
     if not outer.complete or (outer.loose and outer.doubtful):
         return solve(problem, x, args, kwargs)
+    outer.refuse_memos()
     live = grad and any(map(_has_graph, (*given, *outer.tensors)))
     plain = [t.detach() for t in (*given, *inner.tensors)]
     n = len(given)
@@ -69,8 +69,7 @@ def solve_inverse(problem: InverseProblem, x: Tree, args: tuple[Tree, ...], kwar
         return solve(replace(problem, g=_Returned(held if y is None else [y])), x, args, {})
     if not live:
         return y
-    if outer.frozen:
-        seen = _Seen(outer.after_g(), {})
+    seen = _Seen(outer.after_g(), {}) if outer.frozen else seen
     return _attached(_way(problem, y, x, args, seen), y, x, args)
 
 
@@ -153,6 +152,7 @@ class _Way:
             return None
         at, leaves = y.detach().requires_grad_(), [t.detach() for t in theta]
         chosen = tuple([t.requires_grad_() for t, flag in zip(leaves, wanted, strict=True) if flag])
+        stand_in_for(chosen)
         _torch.set_grad_enabled(True)
         try:
             out = self._evaluate(at, leaves)

@@ -190,7 +190,9 @@ class _Matrix:
         """J^T v, with a complex J conjugated, as torch's gradient convention has it."""
         jacobian = self._evaluate(theta)
         if _is_operator(jacobian):
-            return self._applied(getattr(jacobian, "T", None), "T.mv", self.y, v, self.x, self.into)
+            conjugated = [t.conj().resolve_conj() for t in v]
+            found = self._applied(getattr(jacobian, "T", None), "T.mv", self.y, conjugated, self.x, self.into)
+            return tuple([t.conj().resolve_conj() for t in found])
         batch = v[0].shape[: v[0].ndim - len(self.out.shapes[0])]
         columns = zip(*self._blocks(jacobian, batch), strict=True)
         moved = (

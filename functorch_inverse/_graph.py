@@ -1,5 +1,6 @@
 """The graph of one evaluation of f: what it ends in, and what can be sent through it in place of a cotangent."""
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -12,7 +13,7 @@ from functorch_inverse._rows import jacobian_of_graph
 from functorch_inverse._tape import Tape, tape_of_graph
 from functorch_inverse.errors import NoDerivativeError
 
-__all__ = ["Graph", "check_graph", "leaves_of", "refuse_constant", "rows_together", "walk"]
+__all__ = ["Graph", "check_graph", "ends_in_a_stand_in", "refuse_constant", "rows_together", "stand_in_for", "walk"]
 
 # Few rows are fastest one by one, but where they have many numbers; and a small Jacobian as one batch of rows.
 _MANY_ROWS, _MANY_NUMBERS, _SMALL = 4, 2**12, 2**13
@@ -127,6 +128,19 @@ def walk(outputs: Sequence[Tensor], known: Sequence[Tensor]) -> tuple[list[Any],
     return queue, foreign, unmet
 
 
-def leaves_of(*outputs: Tensor) -> list[Tensor]:
-    """The tensors in which a graph ends."""
-    return [node.variable for node in walk(outputs, ())[0] if hasattr(node, "variable")]
+# Leaves with the values of captured tensors. Whoever keeps a graph that ends in one keeps the derivative from its owner.
+_STAND_INS: "weakref.WeakValueDictionary[int, Tensor]" = weakref.WeakValueDictionary()
+
+
+def stand_in_for(tensors: Sequence[Tensor]) -> None:
+    """Remember leaves that were made of captured tensors."""
+    for tensor in tensors:
+        _STAND_INS[id(tensor)] = tensor
+
+
+def ends_in_a_stand_in(output: Tensor) -> bool:
+    """Whether the graph of a tensor does."""
+    if not _STAND_INS:
+        return False
+    ends = (node.variable for node in walk((output,), ())[0] if hasattr(node, "variable"))
+    return any(_STAND_INS.get(id(end)) is end for end in ends)

@@ -8,6 +8,7 @@ import types
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,19 +19,30 @@ _LIBRARIES = frozenset(sys.stdlib_module_names) - {"__main__"} | {"torch", "nump
 # Where a wrapper keeps what it calls, if not in its closure.
 _WRAPPED = ("__wrapped__", "_torchdynamo_orig_callable")
 _OURS = "functorch_inverse."
+# Equal is as good as the same.
+_VALUES = (numbers.Number, str, bytes, frozenset, torch.device, types.MethodType)
 _MANY = 500
 
 
-class Named(NamedTuple):
-    """Names with what stands there, in the order of a walk from function to function; and those that the code itself sets."""
+class Read(NamedTuple):
+    """A name that a function reads, where that is (a cell, or some globals), and what stands there."""
 
-    pairs: tuple[tuple[str, Any], ...] = ()
-    written: frozenset[str] = frozenset()
+    name: str
+    place: Any
+    value: Any
+
+
+class Named(NamedTuple):
+    """What each function met in a walk reads, by its code, how often that was met before, and the name; and what they set."""
+
+    reads: dict[tuple[types.CodeType, int, str], Read]
+    written: frozenset[Any]
 
     @classmethod
     def of(cls, functions: Iterable[Any]) -> "Named":
-        queue, pairs, written = list(functions), [], frozenset[str]()
+        queue, reads, written = list(functions), {}, set[Any]()
         seen: dict[int, Any] = {}
+        met: dict[int, int] = {}
         for part in queue:  # grows while it is walked
             if id(part) in seen or len(seen) > _MANY:
                 continue
@@ -38,24 +50,34 @@ class Named(NamedTuple):
             if not isinstance(part, types.FunctionType):
                 queue += _called(part)
                 continue
-            found = _read(part)
+            code, found = part.__code__, _read(part)
+            count = met[id(code)] = met.get(id(code), 0) + 1
             if not in_library(part.__globals__.get("__name__")):
-                pairs += found
-                written |= _written(part.__code__)
+                reads.update({(code, count, read.name): read for read in found})
+                written |= _set_by(part)
             defaults = (*(part.__defaults__ or ()), *(part.__kwdefaults__ or {}).values())
-            queue += filter(callable, (*[value for _, value in found], *defaults, *_wrapped(part)))
-        return cls(tuple(pairs), written)
+            queue += filter(callable, (*[read.value for read in found], *defaults, *_wrapped(part)))
+        return cls(reads, frozenset(written))
 
     def exchanged(self, now: "Named") -> str | None:
         """The first name that means something else now.
 
-        A name that f sets by itself, to count its calls for example, is its own matter. Tensors are that of others, who know
+        What f sets by itself, to count its calls for example, is its own matter. Tensors are that of others, who know
         whether they are read.
         """
-        for (name, before), (other, after) in zip(self.pairs, now.pairs, strict=False):
-            if name != other or not (name in self.written or _same(before, after)):
-                return name
+        for key, before in self.reads.items():
+            after = now.reads.get(key)
+            if after is not None and before.place not in self.written and not _same(before.value, after.value):
+                return before.name
         return None
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor stands under one of the names."""
+        return any(read.value is tensor for read in self.reads.values())
+
+    def without(self, dropped: set[int]) -> "Named":
+        """The same, holding some tensors no longer, by their ids."""
+        return Named({key: read for key, read in self.reads.items() if id(read.value) not in dropped}, self.written)
 
 
 def _called(found: Any) -> Iterator[Any]:
@@ -79,9 +101,18 @@ def _wrapped(found: Any) -> list[Any]:
     return [held[name] for name in _WRAPPED if name in held]
 
 
-def _read(fn: types.FunctionType) -> list[tuple[str, Any]]:
-    cells = zip(fn.__code__.co_freevars, map(content, fn.__closure__ or ()), strict=True)
-    return [*cells, *[(name, fn.__globals__.get(name)) for name in _globals_read(fn.__code__)]]
+def _read(fn: types.FunctionType) -> list[Read]:
+    space, cells = fn.__globals__, fn.__closure__ or ()
+    own = [Read(name, id(cell), content(cell)) for name, cell in zip(fn.__code__.co_freevars, cells, strict=True)]
+    if in_library(space.get("__name__")):  # its globals are its own
+        return own
+    return [*own, *[Read(name, (id(space), name), space.get(name)) for name in _globals_read(fn.__code__)]]
+
+
+def _set_by(fn: types.FunctionType) -> set[Any]:
+    """The places outside of it that a function sets."""
+    cells = dict(zip(fn.__code__.co_freevars, map(id, fn.__closure__ or ()), strict=True))
+    return {cells.get(name, (id(fn.__globals__), name)) for name in _written(fn.__code__)}
 
 
 def content(cell: types.CellType) -> Any:
@@ -121,13 +152,21 @@ def _inside(code: types.CodeType) -> list[types.CodeType]:
 
 
 def _same(a: Any, b: Any) -> bool:
-    if a is b or all(part is None or isinstance(part, Tensor) for part in (a, b)):
+    """Whether one thing is as good as another that has its place."""
+    if a is b or (isinstance(b, Tensor) and (a is None or isinstance(a, Tensor))):
         return True
     if type(a) is not type(b):
         return False
-    if isinstance(a, tuple):
+    if isinstance(a, tuple | list):
         return len(a) == len(b) and all(map(_same, a, b))
-    return isinstance(a, numbers.Number | str | bytes | torch.device) and bool(a == b or (a != a and b != b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, types.FunctionType):  # defined again
+        here, there = ([f.__defaults__, f.__kwdefaults__, *map(content, f.__closure__ or ())] for f in (a, b))
+        return a.__code__ == b.__code__ and a.__globals__ is b.__globals__ and _same(here, there)
+    if isinstance(a, np.ndarray):
+        return a.dtype == b.dtype and np.array_equal(a, b)
+    return isinstance(a, _VALUES) and bool(a == b or (a != a and b != b))
 
 
 def in_library(name: Any) -> bool:

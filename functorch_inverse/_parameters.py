@@ -26,10 +26,11 @@ class Parameters:
     inner: "tuple[Parameters, ...]" = ()
 
     @classmethod
-    def of(cls, function: Any) -> "Parameters":
+    def of(cls, function: Any, met: tuple[Any, ...] = ()) -> "Parameters":
+        """`met` are the functions that hand their keywords on to this one."""
         if torch.compiler.is_dynamo_compiling():
             return cls()
-        function = function.forward if isinstance(function, nn.Module) else function
+        whole, function = function, function.forward if isinstance(function, nn.Module) else function
         try:
             found = inspect.signature(function).parameters.values()
         except (TypeError, ValueError):  # some builtins have none
@@ -38,10 +39,11 @@ class Parameters:
         given = function.keywords if isinstance(function, functools.partial) else {}
         kinds = inspect.Parameter
         takes_all = any(p.kind is kinds.VAR_KEYWORD and reads(function, p.name) for p in found)
-        called = filter(callable, map(content, getattr(function, "__closure__", None) or ())) if takes_all else ()
+        called = [part for part in _called(whole, function) if all(part is not one for one in met)] if takes_all else []
         positional = [p for p in found if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)]
         others = [p.name for p in found if p.kind is kinds.KEYWORD_ONLY and p.name not in given]
-        return cls(tuple(p.name for p in positional), tuple(others), takes_all, tuple(map(cls.of, called)))
+        inner = tuple([cls.of(part, (*met, whole)) for part in called])
+        return cls(tuple(p.name for p in positional), tuple(others), takes_all, inner)
 
     def takes(self, name: str, filled: int) -> bool:
         """Whether a keyword of this name would mean something, where so many parameters were passed by position."""
@@ -59,3 +61,11 @@ class Parameters:
                 "would take its own default: a derivative at another point. Pass it by position, g(x, value) with "
                 "f(y, value), or give it another name in f if another thing is meant."
             )
+
+
+def _called(whole: Any, function: Any) -> list[Any]:
+    """What a function with any keywords, which may be a module's, may hand them to."""
+    if isinstance(whole, nn.Module):
+        return list(whole.children())
+    inside = [*map(content, getattr(function, "__closure__", None) or ()), *getattr(function, "__dict__", {}).values()]
+    return [part for part in inside if callable(part) and part is not whole]

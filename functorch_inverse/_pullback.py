@@ -13,7 +13,7 @@ from torch import Tensor
 from functorch_inverse import _torch
 from functorch_inverse._chunks import nodes_below, rooted, widest
 from functorch_inverse._composed import Function, Tensors, dependent, leveled, own_node, pullback_to_theta
-from functorch_inverse._graph import Graph, check_graph, refuse_constant, walk
+from functorch_inverse._graph import Graph, check_graph, refuse_constant, stand_in_for, walk
 from functorch_inverse._hooks import unhooked
 from functorch_inverse._in_place import explain, keeping
 from functorch_inverse.errors import NoDerivativeError
@@ -84,6 +84,7 @@ class GraphPullback(Pullback):
         leaves = [_leaf(t) for t in theta]
         self.theta = [leaves[i].requires_grad_() for i in wanted]
         self.point = [*self.y, *leaves]
+        stand_in_for(self.theta)
         with torch.enable_grad():
             self.outputs = _evaluate(seen_by_graph(f), self.y, leaves)
         self.nodes = check_graph(self.outputs, self.y, self.theta)

@@ -63,7 +63,7 @@ class Reach:
     tensors: list[Tensor] = field(default_factory=list)
     complete: bool = True
     trail: "_Trail | None" = None
-    named: Named = field(default_factory=Named)
+    named: Named = field(default_factory=lambda: Named.of(()))
 
     @classmethod
     def of(cls, *functions: Any) -> "Reach":
@@ -82,10 +82,6 @@ class Reach:
         reach.trail = walk.end()
         reach.named = Named.of(functions)
         return reach
-
-    def names(self, tensor: Tensor) -> bool:
-        """Whether functions read a tensor by its name."""
-        return any(value is tensor for _, value in self.named.pairs)
 
 
 class Opaque:

@@ -60,13 +60,13 @@ class Stencil:
         used = [(c, w) for c, w in zip(self.points, self.rows[0], strict=True) if w]
         return Stencil(self.order, tuple(c for c, _ in used), (tuple(w for _, w in used),))
 
-    def combine(self, values: Tensor, h: Tensor, eps: Tensor) -> "Estimate":
-        """The derivative and its error from values (points, ...) of relative precision eps."""
+    def combine(self, values: Tensor, h: Tensor, eps: Tensor, noise: Tensor | float) -> "Estimate":
+        """The derivative and its error from values (points, ...) of relative precision eps, and an absolute error."""
         rows = values.new_tensor(self.rows)[(...,) + (None,) * (values.ndim - 1)]
         # A point outside the domain spoils only the estimates that use it: 0 * nan is nan.
         used = torch.where(rows != 0, values, 0)
         estimates = (rows * used).sum(1) / h
-        rounding = (eps * used.abs().amax(1) * rows.abs().sum(1) / h).to(h.dtype)
+        rounding = ((eps * used.abs().amax(1) + noise) * rows.abs().sum(1) / h).to(h.dtype)
         step = h.expand(values.shape[1:])
         if self.growth:
             return Estimate(*_extrapolate(estimates, rounding, self.growth), step)

@@ -281,10 +281,10 @@ def _log_of_diagonal(matrix: Tensor) -> Tensor:
 
 
 def _refuse_asymmetric(matrix: Tensor, finite: Tensor) -> None:
-    size = matrix.abs().flatten(-2).amax(-1)
-    gap = (matrix - matrix.mT).abs().flatten(-2).amax(-1)
-    bad = finite & (gap > 1e3 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps * size)
-    if bad.any():
+    root = matrix.diagonal(dim1=-2, dim2=-1).abs().sqrt()  # |A_ij|^2 < A_ii A_jj: each entry is judged in its own units
+    size = torch.maximum(root.unsqueeze(-1) * root.unsqueeze(-2), torch.minimum(matrix.abs(), matrix.mT.abs()))
+    gap = (matrix - matrix.mT).abs() > 1e3 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps * size
+    if (bad := finite & gap.flatten(-2).any(-1)).any():
         raise StructureError(
             f"Cholesky: the Jacobian is not symmetric in {named(bad)}. It is where the residual is the gradient of a "
             "function; otherwise use linear_solver=LU()."

@@ -1,10 +1,12 @@
 """What f can reach and does not read may change between forward and backward; what it reads may not."""
 
 import functools
+import gc
 import pickle
 import threading
 import types
 import warnings
+import weakref
 from fractions import Fraction
 
 import numpy as np
@@ -459,7 +461,7 @@ THINGS = {
     "np": (np.float64(2), np.float64(3)),
     "fraction": (Fraction(1, 2), Fraction(1, 3)),
     "module": (nn.Tanh(), nn.Softsign()),
-    "array": (np.ones(3), np.ones(3)),
+    "array": (np.ones(3), np.zeros(3)),
     "object": (types.SimpleNamespace(k=1.0), types.SimpleNamespace(k=2.0)),
     "nothing": (None, 1.0),
 }
@@ -474,7 +476,11 @@ def test_anything_that_f_names_and_that_is_exchanged_is_an_error(before, after):
         torch.autograd.grad(y.sum(), x)
 
 
-@pytest.mark.parametrize("value", [2.5, float("nan"), (1, (float("nan"), "a")), 10**30, torch.device("cpu"), None], ids=repr)
+EQUAL = [2.5, float("nan"), (1, (float("nan"), "a")), 10**30, torch.device("cpu"), None]
+EQUAL += [{"a": [1, 2]}, frozenset("a"), np.ones(2)]
+
+
+@pytest.mark.parametrize("value", EQUAL, ids=repr)
 def test_an_equal_value_may_take_the_place(value):
     thing, x = value, X.clone().requires_grad_()
     y = fi.custom_inverse(torch.asinh, lambda y: (thing, torch.sinh(y))[1], event_dim=0)(x)
@@ -659,3 +665,143 @@ def test_threads_that_change_what_f_does_not_read():
         thread.join()
     assert len(wrong) == 60
     assert not any(wrong)
+
+
+# --- parameters that are read in two ways ----------------------------------------------------------
+
+
+def slowly(f):
+    def g(x):
+        y = x
+        for _ in range(100):
+            y = x - (f(y) - y)
+        return y
+
+    return g
+
+
+@pytest.mark.parametrize("rule", ["inverse", "root", "gmres", "invert"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_parameter_read_in_its_module_and_by_itself(rule, frozen):
+    """Both ways count; and neither where it is frozen when the values are found."""
+    net = nn.Linear(3, 3, dtype=torch.float64)
+    with torch.no_grad():
+        net.weight.copy_(W / 4)
+    weight = net.weight.requires_grad_(not frozen)
+    f = lambda y: y + 0.1 * torch.tanh(net(y)) + 0.1 * torch.sin(y @ weight)  # noqa: E731
+    h = {
+        "inverse": lambda: fi.custom_inverse(slowly(f), f, event_dim=1),
+        "root": lambda: fi.custom_root(slowly(f), lambda y, x: f(y) - x, event_dim=1),
+        "gmres": lambda: fi.custom_inverse(slowly(f), f, event_dim=1, linear_solver=fi.GMRES()),
+        "invert": lambda: fi.invert(f, event_dim=1),
+    }[rule]()
+    x = X.clone().requires_grad_()
+    y = h(x)
+    with torch.no_grad():
+        J = torch.func.vmap(jacrev(lambda y: y + 0.1 * torch.tanh(y @ weight.T + net.bias) + 0.1 * torch.sin(y @ weight)))(y)
+    u = torch.linalg.solve(J.mT, torch.cos(y).detach().unsqueeze(-1)).squeeze(-1)
+    weight.requires_grad_()
+    got = torch.autograd.grad(y.sin().sum(), (x, weight), allow_unused=True)
+    at = y.detach()
+    by_module = -0.1 * (u * (1 - torch.tanh(net(at)) ** 2)).T @ at
+    by_itself = -0.1 * at.T @ (u * torch.cos(at @ weight))
+    assert_close([got[0]], [u], 1e-7)
+    if frozen:
+        assert got[1] is None
+    else:
+        assert_close([got[1]], [(by_module + by_itself).detach()], 1e-7)
+
+
+# --- what f keeps and does not read ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("where", ["hook", "list", "attribute"])
+def test_what_f_keeps_and_does_not_read(where, create_graph):
+    """Activations, logs and penalties of one run are no memo of the next."""
+    net = nn.Sequential(nn.Linear(3, 3, dtype=torch.float64), nn.Tanh())
+    kept, net.reg = [], None
+    if where == "hook":
+        net[0].register_forward_hook(lambda module, args, out: kept.append(out))
+
+    def f(y):
+        if where == "list":
+            kept.append(net(y).norm())
+        if where == "attribute":
+            net.reg = (net[0].weight ** 2).sum()
+        return y + 0.3 * net(y)
+
+    x = X.clone().requires_grad_()
+    for h in (fi.custom_inverse(slowly(f), f, event_dim=1), fi.invert(f, event_dim=1)):
+        want = None
+        for _ in range(3):
+            got = torch.autograd.grad(h(h(x)).sum(), (x, *net.parameters()), create_graph=create_graph)
+            want = got if want is None else want
+            assert_close([t.detach() for t in got], [t.detach() for t in want], 1e-7)
+
+
+def test_a_result_that_is_kept_does_not_keep_the_earlier_ones():
+    class Keeping:
+        def __init__(self):
+            self.y = None
+            self.h = fi.custom_inverse(torch.asinh, self.f, event_dim=0)
+
+        def f(self, y):
+            return torch.sinh(y)
+
+    keeping, earlier = Keeping(), []
+    for _ in range(5):
+        keeping.y = keeping.h(X.clone().requires_grad_())
+        keeping.y.sum().backward()
+        earlier.append(weakref.ref(keeping.y))
+    gc.collect()
+    assert [ref() is not None for ref in earlier] == [False] * 4 + [True]
+    whole = weakref.ref(keeping)
+    keeping.y = None
+    del keeping
+    gc.collect()
+    assert whole() is None
+
+
+ONE, HALF, _fast = 1.0, 0.5, None
+
+
+def lazily(y):
+    global _fast
+    if _fast is None:
+        _fast = lambda y: torch.sinh(y) * ONE  # noqa: E731
+    return _fast(y)
+
+
+def halved():
+    return HALF
+
+
+def test_a_function_that_f_makes_at_its_first_run():
+    """What comes after it in a walk stays what it was."""
+    x = X.clone().requires_grad_()
+    h = fi.custom_inverse(torch.asinh, lambda y: lazily(y) * (halved() * 2), event_dim=0)
+    (got,) = torch.autograd.grad((h(x) + h(2 * x)).sum(), x)
+    assert_close(got, 1 / (1 + X * X).sqrt() + 2 / (1 + 4 * X * X).sqrt())
+
+
+def test_a_counter_of_a_wrapper_hides_no_global():
+    K = 0
+
+    def counting(function):
+        def wrapper(*args):
+            nonlocal K
+            K += 1
+            return function(*args)
+
+        return wrapper
+
+    x = X.clone().requires_grad_()
+    y = fi.custom_inverse(lambda x: x / globals()["K"], counting(scaled), event_dim=0)(x).sum()
+    before = globals()["K"]
+    globals()["K"] = 3.0
+    try:
+        with pytest.raises(fi.NoDerivativeError, match=r"`K` .* exchanged"):
+            torch.autograd.grad(y, x)
+    finally:
+        globals()["K"] = before

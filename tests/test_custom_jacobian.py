@@ -739,3 +739,30 @@ def test_a_cotangent_that_the_operator_hands_on_is_a_copy():
     for received in (vjp(h, POINT)[1](v)[0], torch.autograd.grad(h(x), x, v)[0]):
         received.mul_(3)
     assert torch.equal(v, DIRECTION)
+
+
+class Operator:
+    """J as an object, with its transpose."""
+
+    def __init__(self, matrix):
+        self.matrix = matrix
+
+    def mv(self, v):
+        return (self.matrix @ v.unsqueeze(-1)).squeeze(-1)
+
+    @property
+    def T(self):
+        return Operator(self.matrix.mT)
+
+
+@pytest.mark.parametrize("event_dim", [None, 1])
+def test_a_complex_operator(event_dim):
+    """`T` is the transpose; the conjugation of torch's convention is ours."""
+    A = torch.tensor([[1 + 2j, 0.5], [3j, 1.0 - 1j]], dtype=torch.complex128)
+    exact = lambda x: (A @ x.unsqueeze(-1)).squeeze(-1)  # noqa: E731
+    h = custom_jacobian(exact, lambda x: Operator(A), event_dim=event_dim)
+    x, v = torch.tensor([1.0 + 1j, 2.0], dtype=torch.complex128), torch.tensor([1.0, 2.0 - 1j], dtype=torch.complex128)
+    for f in (lambda h: vjp(h, x)[1](v)[0], lambda h: jvp(h, (x,), (v,))[1]):
+        torch.testing.assert_close(f(h), f(exact))
+    number = lambda h: lambda x: torch.view_as_real(h(x)).sin().sum()  # noqa: E731
+    torch.testing.assert_close(grad(number(h))(x), grad(number(exact))(x))

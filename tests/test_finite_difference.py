@@ -922,3 +922,31 @@ def compiled_float32():
 
 def test_compile_float32():
     run_fresh(compiled_float32)
+
+
+# --- far from one ----------------------------------------------------------------------------------
+
+FAR = {
+    "log": (np.log, lambda x: (1 / x, -1 / x**2, 2 / x**3)),
+    "sqrt": (np.sqrt, lambda x: (0.5 * x**-0.5, -0.25 * x**-1.5, 0.375 * x**-2.5)),
+    "cube": (lambda x: x**3, lambda x: (3 * x**2, 6 * x, 6 + 0 * x)),
+    "reciprocal": (lambda x: 1 / x, lambda x: (-1 / x**2, 2 / x**3, -6 / x**4)),
+}
+
+
+@pytest.mark.parametrize("name", FAR)
+@pytest.mark.parametrize(("order", "tolerance"), [(2, 1e-5), (4, 1e-7), ("auto", 1e-7)])
+def test_higher_derivatives_of_what_is_flat_far_out(name, order, tolerance):
+    """f' is far below f there, and its rounding is that of f: a short step sees nothing else."""
+    f, exact = FAR[name]
+    h = finite_difference(lambda x: f(x.numpy()), event_dim=0, order=order)
+    x = torch.tensor([2.0, 1e3, 1e4, 1e6, 1e9], dtype=torch.float64)
+    for want in exact(x):
+        h = torch.func.grad(h)
+        torch.testing.assert_close(torch.vmap(h)(x), want, rtol=tolerance, atol=0)
+
+
+def test_a_hessian_of_what_is_flat_far_out():
+    h = finite_difference(lambda x: x.numpy()[..., 0] * np.log(x.numpy()[..., 1]), event_dim=1, out_event_dim=0)
+    H = torch.func.hessian(h)(torch.tensor([1e4, 2e4], dtype=torch.float64))
+    torch.testing.assert_close(H, torch.tensor([[0, 5e-5], [5e-5, -2.5e-5]], dtype=torch.float64), rtol=0, atol=1e-10)

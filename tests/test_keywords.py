@@ -69,6 +69,36 @@ def test_a_parameter_behind_others(f):
     assert_close(torch.autograd.grad(h(x).sum(), x)[0], (1 + X * X).rsqrt() / 2)
 
 
+def recursive():
+    def f(y, n=0, **options):
+        return y.sinh() if n > 2 else f(y, n=n + 1, **options)
+
+    return f
+
+
+class AnyKeywords(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **options):
+        return self.inner(*args, **options)
+
+
+@pytest.mark.parametrize("f", [AnyKeywords(torch.nn.Tanhshrink()), torch.compile(torch.nn.Tanhshrink(), backend="eager")])
+def test_a_module_around_one_without_the_keyword(f):
+    h = fi.custom_inverse(lambda x, *, tol: x * 1, f, event_dim=0)
+    assert_close(h(X, tol=1e-6), X)
+    with pytest.raises(fi.StructureError, match="reaches g alone"):
+        fi.custom_inverse(g, AnyKeywords(Module()), event_dim=0)(X, a=3.0)
+
+
+def test_a_function_in_its_own_closure():
+    h = fi.custom_inverse(torch.asinh, recursive(), event_dim=0)
+    x = X.clone().requires_grad_()
+    assert_close(torch.autograd.grad(h(x).sum(), x)[0], (1 + X * X).rsqrt())
+
+
 def test_compiled():
     h = RULES["inverse"]
     compiled = torch.compile(lambda x: h(x, a=3.0), fullgraph=True, backend="eager")

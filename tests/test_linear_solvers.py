@@ -275,3 +275,15 @@ def test_few_and_many_matrices_are_judged_alike(spoiled, batch, dtype):
     others = [k for k in range(batch) if k != i or spoiled == "tiny"]
     residual = (A[others] @ found[others][..., None])[..., 0] - b[others]
     assert (residual.abs().amax(-1) <= 100 * torch.finfo(dtype).eps * b[others].abs().amax(-1) * n).all()
+
+
+@pytest.mark.parametrize(("dtype", "large"), [(torch.float32, 1e6), (torch.float64, 1e14)])
+def test_cholesky_judges_each_entry_in_its_own_units(dtype, large):
+    """A large number elsewhere hides no asymmetry; and one in a row of its own units is none."""
+    A = torch.tensor([[large, 0, 0], [0, 2, 1], [0, 0.5, 2]], dtype=dtype)
+    h = fi.custom_root(lambda t: torch.zeros_like(t), lambda y, t: A @ y - t, linear_solver=fi.Cholesky())
+    with pytest.raises(fi.StructureError, match="not symmetric"):
+        torch.func.jacrev(h)(torch.zeros(3, dtype=dtype))
+    A = torch.tensor([[large, large**0.5, 0], [large**0.5, 2, 1], [0, 1, 2]], dtype=dtype)
+    J = torch.func.jacrev(h)(torch.zeros(3, dtype=dtype))
+    assert_close([J], [torch.linalg.inv(A.double()).to(dtype)], 1e3 * torch.finfo(dtype).eps)
