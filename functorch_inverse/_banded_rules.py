@@ -28,6 +28,50 @@ def factorise(bands: Tensor, width: Width, on_singular: str) -> tuple[Tensor, Te
     return call(bands.detach(), width, on_singular)
 
 
+def equilibrating(bands: Tensor, width: Width) -> tuple[Tensor, Tensor] | None:
+    """Powers of two, for rows and columns, that make the largest number of each about one; None where that is no matter.
+
+    Columns come first, whose sizes tell below how near a matrix is to a singular one, unless rows leave less far from one.
+    """
+    sizes = bands.abs()
+    if _torch.can_inspect(bands):
+        least = torch.where(sizes > 0, sizes, torch.inf).amin()
+        if _clearly_dominant(bands, width) or not sizes.amax() > _MIXED * least:
+            return None
+    swapped = transposed(sizes, width)
+    late, early = _balanced(swapped, sizes, width.swapped)[::-1], _balanced(sizes, swapped, width)
+    usual = _spread(sizes, *late, width) <= _spread(sizes, *early, width)
+    return torch.where(usual, late[0], early[0]), torch.where(usual, late[1], early[1])
+
+
+# How far the sizes of numbers may be apart.
+_MIXED = 1e3
+
+
+def _balanced(sizes: Tensor, swapped: Tensor, width: Width) -> tuple[Tensor, Tensor]:
+    """Factors for the rows, and then for the columns."""
+    rows = _power_of_two(swapped.amax(-2))
+    return rows, _power_of_two((sizes * scaling(rows, torch.ones_like(rows), width)).amax(-2))
+
+
+def _power_of_two(sizes: Tensor) -> Tensor:
+    """The inverse of a size, and one for those that have none."""
+    known = torch.where((sizes > 0) & sizes.isfinite(), sizes, 1).clamp(min=4 * torch.finfo(sizes.dtype).tiny)
+    return torch.exp2(-known.log2().round())
+
+
+def _spread(sizes: Tensor, rows: Tensor, columns: Tensor, width: Width) -> Tensor:
+    """How many powers of two all numbers are away from one, but for a few, shape (*batch, 1)."""
+    scaled = sizes * scaling(rows, columns, width)
+    away = torch.where((scaled > 0) & scaled.isfinite(), scaled.log2().abs() - 8, 0)
+    return away.clamp(min=0).sum((-2, -1)).unsqueeze(-1)
+
+
+def scaling(rows: Tensor, columns: Tensor, width: Width) -> Tensor:
+    """The bands of r c^T."""
+    return outer(rows.unsqueeze(-2), columns.unsqueeze(-2), width)
+
+
 class _Factorise(Function):
     """bands -> (factors, pivots, taint), without derivative: the others differentiate with respect to the bands."""
 

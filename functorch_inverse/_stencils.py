@@ -146,15 +146,22 @@ def _mirrored(forward: Stencil) -> Stencil:
 def _extrapolate(estimates: Tensor, rounding: Tensor, growth: int) -> tuple[Tensor, Tensor]:
     """The entry of Ridders' tableau with the smallest estimated error, for each number by itself.
 
-    Each level removes the next term of the error: T_ij = T_i,j-1 + (T_i,j-1 - T_i-1,j-1) / (growth^j - 1).
+    Each level removes the next term of the error: T_ij = T_i,j-1 + (T_i,j-1 - T_i-1,j-1) / (growth^j - 1). Long steps may
+    agree by chance, whole periods apart: what shorter ones contradict, beyond their own error, is no agreement.
     """
-    best, error, row = estimates[0], torch.full_like(rounding[0], torch.inf), [estimates[0]]
+    found, row = [], [estimates[0]]
     for i in range(1, len(estimates)):
-        new = [estimates[i]]
+        new, best, error = [estimates[i]], estimates[i], torch.full_like(rounding[0], torch.inf)
         for j in range(1, i + 1):
             new.append(new[-1] + (new[-1] - row[j - 1]) / (float(growth) ** j - 1))
             change = torch.maximum((new[j] - new[j - 1]).abs(), (new[j] - row[j - 1]).abs()) + rounding[i]
             better = change < error
             best, error = torch.where(better, new[j], best), torch.where(better, change, error)
+        found.append((best, error))
         row = new
+    best, error = estimates[0], torch.full_like(rounding[0], torch.inf)
+    for i, (value, own) in enumerate(found):
+        for other, its in found[i + 1 :]:
+            own = torch.maximum(own, ((value - other).abs() - its).nan_to_num(nan=0.0))
+        best, error = torch.where(own < error, value, best), torch.where(own < error, own, error)
     return best, error

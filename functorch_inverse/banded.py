@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from functorch_inverse import _torch
-from functorch_inverse._banded_rules import LogAbsDet, Solve, factorise
+from functorch_inverse._banded_rules import LogAbsDet, Solve, equilibrating, factorise, scaling
 from functorch_inverse._bands import Width, inside, trimmed
 from functorch_inverse._coloured import bands_of, bands_of_graph
 from functorch_inverse._graph import Graph
@@ -101,6 +101,8 @@ class BandedFactors:
     bands: Tensor
     width: Width
     parts: tuple[Tensor, Tensor, Tensor] | None
+    # Powers of two that the rows and columns were multiplied by: pivots are chosen by size, so units must not matter.
+    scales: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def of(cls, bands: Tensor, lower: int, upper: int, on_singular: OnSingular = "raise") -> "BandedFactors":
@@ -126,7 +128,10 @@ class BandedFactors:
         """The same of bands with zeros at places outside the matrix."""
         if not bands.numel() or torch.compiler.is_dynamo_compiling():
             return cls(bands, width, None)
-        return cls(bands, width, factorise(bands, width, on_singular))
+        scales = equilibrating(bands.detach(), width)
+        if scales is not None:
+            bands = bands * scaling(*scales, width)
+        return cls(bands, width, factorise(bands, width, on_singular), scales)
 
     def solve(self, b: Tensor, *, transpose: bool = False) -> Tensor:
         r"""u with A u = b, or A^T u = b.
@@ -148,7 +153,10 @@ class BandedFactors:
         if self.parts is None:
             return reduced_solve(self.bands, self.width, b.unsqueeze(-2), transpose).squeeze(-2)
         call = Solve.forward if _torch.plain() else Solve.apply  # where nobody differentiates, apply would only cost time
-        return call(self.bands, *self.parts, b.unsqueeze(-2), self.width, transpose).squeeze(-2)
+        if self.scales is None:
+            return call(self.bands, *self.parts, b.unsqueeze(-2), self.width, transpose).squeeze(-2)
+        first, then = self.scales[::-1] if transpose else self.scales
+        return then * call(self.bands, *self.parts, (first * b).unsqueeze(-2), self.width, transpose).squeeze(-2)
 
     def log_abs_det(self) -> Tensor:
         r""":math:`\log|\det A|`, shape (\*batch)."""
@@ -156,7 +164,8 @@ class BandedFactors:
             return self.bands.sum((-2, -1)).real
         if self.parts is None:
             return reduced_log_abs_det(self.bands, self.width)
-        return LogAbsDet.apply(self.bands, *self.parts, self.width)
+        found = LogAbsDet.apply(self.bands, *self.parts, self.width)
+        return found if self.scales is None else found - sum(t.log().sum(-1) for t in self.scales)
 
 
 def _check(bands: Tensor, lower: int, upper: int, on_singular: str) -> None:

@@ -10,6 +10,7 @@ from helpers import assert_close, live, total
 from problems import DEVICE, Draw
 from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
+import functorch_inverse as fi
 from functorch_inverse import _lapack
 from functorch_inverse._bands import Width, inside, outer, product, transposed
 from functorch_inverse._reduction import reduced_log_abs_det, reduced_solve
@@ -602,3 +603,33 @@ def test_hessians(backend):
 def test_vmap_of_no_samples(on_singular):
     factored = lambda bands, b: BandedFactors.of(bands, 1, 1, on_singular).solve(b)  # noqa: E731
     assert vmap(factored)(torch.zeros(0, 3, 5), torch.zeros(0, 5)).shape == (0, 5)
+
+
+@pytest.mark.parametrize("widths", [(1, 1), (2, 1)])
+@pytest.mark.parametrize(("dtype", "unit"), [("float32", 1e-9), ("float32", 1e9), ("float64", 1e-20), ("float64", 1e20)])
+def test_units_of_equations_and_unknowns(widths, dtype, unit):
+    """Pivots are chosen by size; a unit makes no number more reliable."""
+    n, dtype = 40, getattr(torch, dtype)
+    pad = torch.nn.functional.pad
+
+    def base(u):
+        return 4 * u + 0.5 * pad(u, (1, 0))[..., :-1] - 0.7 * pad(u, (0, 1))[..., 1:]
+
+    A = torch.func.jacrev(base)(torch.zeros(n, dtype=torch.float64))
+    b, v = (torch.linspace(-3, k, n, dtype=torch.float64).sin() for k in (20, 30))
+    units = torch.ones(n, dtype=dtype)
+    units[5], tolerance = unit, 50 * torch.finfo(dtype).eps
+    solution, one = torch.linalg.solve(A, b), torch.tensor(1.0, dtype=dtype)
+    h = fi.custom_root(
+        lambda t: t * solution.to(dtype), lambda y, t: units * (base(y) - b.to(dtype) * t), linear_solver=fi.Banded(*widths)
+    )
+    assert_close([torch.func.jvp(h, (one,), (one,))[1].double()], [solution], tolerance)
+    solver = fi.Banded(*widths)
+    g = fi.custom_inverse(torch.zeros_like, lambda y: base(units * y), event_dim=1, linear_solver=solver)
+    x = torch.zeros(n, dtype=dtype, requires_grad=True)
+    (got,) = torch.autograd.grad(g(x) @ (v.to(dtype) * units), x)
+    assert_close([got.double()], [torch.linalg.solve(A.mT, v)], tolerance)
+    ladj = fi.log_abs_det_jacobian(lambda y: base(units * y), torch.zeros(n, dtype=dtype), linear_solver=solver)
+    assert_close([ladj.double()], [torch.linalg.slogdet(A)[1] + units.double().log().sum()], tolerance)
+    slope = torch.func.grad(lambda t: fi.log_abs_det_jacobian(lambda y: base(t * y), x.detach(), linear_solver=solver))
+    assert_close([(slope(units) * units).double()], [torch.ones(n, dtype=torch.float64)], tolerance)

@@ -950,3 +950,21 @@ def test_a_hessian_of_what_is_flat_far_out():
     h = finite_difference(lambda x: x.numpy()[..., 0] * np.log(x.numpy()[..., 1]), event_dim=1, out_event_dim=0)
     H = torch.func.hessian(h)(torch.tensor([1e4, 2e4], dtype=torch.float64))
     torch.testing.assert_close(H, torch.tensor([[0, 5e-5], [5e-5, -2.5e-5]], dtype=torch.float64), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(("method", "tolerance"), [("central", 1e-9), ("forward", 1e-6)])
+@pytest.mark.parametrize("k", [1, 4, 8, 16])
+def test_automatic_steps_and_periods(method, tolerance, k):
+    """Steps of 1/4, 1/8, ... are whole periods here: the function looks constant, and two levels agree on that."""
+    h = finite_difference(lambda x: np.sin(2 * np.pi * k * x.numpy()), event_dim=0, method=method, order="auto")
+    x = torch.tensor([1.3, 2.9, 0.0], dtype=torch.float64)
+    want = 2 * np.pi * k * torch.cos(2 * np.pi * k * x)
+    torch.testing.assert_close(torch.vmap(torch.func.grad(h))(x), want, rtol=tolerance, atol=0)
+
+
+def test_automatic_steps_are_honest():
+    w = torch.linspace(1, 1000, 500, dtype=torch.float64)
+    x = torch.linspace(0.1, 5, 500, dtype=torch.float64)
+    J, error = numerical_jacobian(lambda x: torch.sin(w * x), x, order="auto", event_dim=0)
+    off = (J - w * torch.cos(w * x)).abs()
+    assert (off <= 100 * error + 1e-9 * w).all()
