@@ -22,10 +22,11 @@ __all__ = ["LogAbsDet", "Solve", "factorise"]
 # the sample has no inverse and 0 elsewhere. Such samples are factorised as I, so that nothing of them can reach others.
 # Where all samples are tridiagonal and dominant there are no factors, lu.shape[0] == 0: from the bands a system is solved
 # almost as fast as from factors, and to make these costs as much again.
-def factorise(bands: Tensor, width: Width, on_singular: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(factors, pivots, taint), constants of every transform; without one, apply would only cost time."""
+def factorise(bands: Tensor, width: Width, on_singular: str, clear: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(factors, pivots, taint), constants of every transform; `clear`: it is known that no sample is singular."""
+    # Without a transform, apply would only cost time.
     call = _Factorise.apply if _torch.transforms_active() else _Factorise.forward
-    return call(bands.detach(), width, on_singular)
+    return call(bands.detach(), width, on_singular, clear)
 
 
 def equilibrating(bands: Tensor, width: Width) -> tuple[Tensor, Tensor] | None:
@@ -34,10 +35,8 @@ def equilibrating(bands: Tensor, width: Width) -> tuple[Tensor, Tensor] | None:
     Columns come first, whose sizes tell below how near a matrix is to a singular one, unless rows leave less far from one.
     """
     sizes = bands.abs()
-    if _torch.can_inspect(bands):
-        least = torch.where(sizes > 0, sizes, torch.inf).amin()
-        if _clearly_dominant(bands, width) or not sizes.amax() > _MIXED * least:
-            return None
+    if _torch.can_inspect(bands) and not sizes.amax() > _MIXED * torch.where(sizes > 0, sizes, torch.inf).amin():
+        return None
     swapped = transposed(sizes, width)
     late, early = _balanced(swapped, sizes, width.swapped)[::-1], _balanced(sizes, swapped, width)
     usual = _spread(sizes, *late, width) <= _spread(sizes, *early, width)
@@ -76,9 +75,9 @@ class _Factorise(Function):
     """bands -> (factors, pivots, taint), without derivative: the others differentiate with respect to the bands."""
 
     @staticmethod
-    def forward(bands: Tensor, width: Width, on_singular: str) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(bands: Tensor, width: Width, on_singular: str, clear: bool) -> tuple[Tensor, Tensor, Tensor]:
         visible = _torch.can_inspect(bands)
-        clear = visible and _clearly_dominant(bands, width)
+        clear = clear or clearly_dominant(bands, width)
         dominant = None if clear else _dominant(bands, width)
         if dominant is None or (visible and dominant.all()):  # and so finite
             make = _unfactorised if max(width) <= 1 else _factorised
@@ -98,8 +97,8 @@ class _Factorise(Function):
         ctx.mark_non_differentiable(*output)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], bands: Tensor, width: Width, on_singular: str) -> tuple[Any, Any]:
-        return _Factorise.apply(bands.movedim(in_dims[0], 0), width, on_singular), (1, 0, 0)
+    def vmap(info: Any, in_dims: tuple[Any, ...], bands: Tensor, *how: Any) -> tuple[Any, Any]:
+        return _Factorise.apply(bands.movedim(in_dims[0], 0), *how), (1, 0, 0)
 
 
 def _factorised(bands: Tensor, width: Width) -> tuple[Tensor, Tensor]:
@@ -149,9 +148,9 @@ def _rounding(n: int, width: Width, like: Tensor, levels: bool) -> float:
     return 4 * width.diagonals * torch.finfo(like.dtype).eps * (math.ceil(math.log2(n + 1)) if levels else 1)
 
 
-def _clearly_dominant(bands: Tensor, width: Width) -> bool:
+def clearly_dominant(bands: Tensor, width: Width) -> bool:
     """Whether no sample is singular by the smallest number of all their diagonals, and the largest of the others."""
-    if bands.is_complex() or has_to_wait(bands) or not bands.numel():
+    if not _torch.can_inspect(bands) or bands.is_complex() or has_to_wait(bands) or not bands.numel():
         return False
     count = width.diagonals
     lows, highs = [each(-1).reshape(-1, count) for each in (bands.amin, bands.amax)]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from functorch_inverse import _torch
-from functorch_inverse._banded_rules import LogAbsDet, Solve, equilibrating, factorise, scaling
+from functorch_inverse._banded_rules import LogAbsDet, Solve, clearly_dominant, equilibrating, factorise, scaling
 from functorch_inverse._bands import Width, inside, trimmed
 from functorch_inverse._coloured import bands_of, bands_of_graph
 from functorch_inverse._graph import Graph
@@ -128,10 +128,11 @@ class BandedFactors:
         """The same of bands with zeros at places outside the matrix."""
         if not bands.numel() or torch.compiler.is_dynamo_compiling():
             return cls(bands, width, None)
-        scales = equilibrating(bands.detach(), width)
+        clear = clearly_dominant(bands.detach(), width)
+        scales = None if clear else equilibrating(bands.detach(), width)
         if scales is not None:
             bands = bands * scaling(*scales, width)
-        return cls(bands, width, factorise(bands, width, on_singular), scales)
+        return cls(bands, width, factorise(bands, width, on_singular, clear), scales)
 
     def solve(self, b: Tensor, *, transpose: bool = False) -> Tensor:
         r"""u with A u = b, or A^T u = b.
