@@ -15,7 +15,7 @@ from functorch_inverse._preconditioner import probes
 from functorch_inverse._reduction import reduced_log_abs_det, reduced_solve
 from functorch_inverse._singular import has_to_wait, raise_if_singular
 
-__all__ = ["LogAbsDet", "Solve", "factorise"]
+__all__ = ["LogAbsDet", "Solve", "clearly_dominant", "equilibrating", "factorise", "scaling"]
 
 
 # The factors are three tensors: LAPACK's factors and pivots, or the bands and no pivots; and a taint, which is nan where

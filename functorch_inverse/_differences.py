@@ -142,7 +142,7 @@ class _Point:
         far = self._is_far(times)
         kinds, judged = (False, True) if far else (False,), judged or far
         if times > 1:  # the inner differences use the same kind of step
-            self.sizes = [t.abs() for t in self.values_at_x()]
+            self.sizes = [t.abs() for t in self.values_at_x()] if judged else []
             tried = [self._difference(self.x, times, times, (kind,), judged)[0] for kind in kinds]
         else:
             tried = self._difference(self.x, 1, 1, kinds, judged)
@@ -220,7 +220,8 @@ class _Point:
             else:
                 # Values that are differences themselves have lost a factor of the step each time.
                 lost = lined_up.clamp(max=rule.step(self.eps, times)) ** (times - 1)
-                noise = self._noise(a // leaves ** (times - 1), value, lined_up, times) if times > 1 else 0.0
+                judges = self.sizes and times > 1
+                noise = self._noise(a // leaves ** (times - 1), value, lined_up, times) if judges else 0.0
                 estimate = rule.combine(value, lined_up, self.eps / lost, noise)
             found.append(Estimate(*(t.movedim(0, -1).reshape(shape) for t in estimate)))
         return found

@@ -128,12 +128,12 @@ def walk(outputs: Sequence[Tensor], known: Sequence[Tensor]) -> tuple[list[Any],
     return queue, foreign, unmet
 
 
-# Leaves with the values of captured tensors. Whoever keeps a graph that ends in one keeps the derivative from its owner.
+# Leaves with the values of tensors that f reads. Whoever keeps a graph that ends in one keeps the derivative from its owner.
 _STAND_INS: "weakref.WeakValueDictionary[int, Tensor]" = weakref.WeakValueDictionary()
 
 
 def stand_in_for(tensors: Sequence[Tensor]) -> None:
-    """Remember leaves that were made of captured tensors."""
+    """Remember leaves that were made of other tensors."""
     for tensor in tensors:
         _STAND_INS[id(tensor)] = tensor
 

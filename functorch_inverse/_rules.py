@@ -174,7 +174,7 @@ class ImplicitRule:
         """Where there are more equations than unknowns: the largest |r| of each sample, and of the |A| |y| beside it."""
         with full_precision(y[0]):
             y = widen(y)
-            A = Linearised(self.equation, self.linear_solver, y, widen(theta), Layout((), (), ())).A
+            A = self.system.at(y, widen(theta), Layout((), (), ())).A
             if A.shape[0] <= A.shape[1]:
                 return None
             r, terms = A.outputs.pack(A.pullback.outputs, A.batch), A.inputs.pack(y, A.batch).abs().unsqueeze(-1)

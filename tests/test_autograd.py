@@ -189,3 +189,23 @@ def test_leaves_other_graphs_alone(problem):
         return torch.autograd.grad(total(h(*(t * t + 0.1 for t in inputs))) * total(y), inputs)
 
     assert_close_to_exact(transform, problem)
+
+
+def test_is_grads_batched_inside_of_itself():
+    """There is no torch.vmap to hand it to from inside another; it says so."""
+    h = fi.custom_inverse(torch.asinh, torch.sinh, event_dim=1)
+    x = torch.tensor([0.3, -0.5, 0.8], dtype=torch.float64, requires_grad=True)
+    y = h(x)
+
+    class Nested(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, v):
+            return torch.autograd.grad(y, x, torch.stack([v, 2 * v]), is_grads_batched=True, retain_graph=True)[0].sum(0)
+
+    z = Nested.apply(x)
+    with pytest.raises(NotImplementedError, match=r"inside of itself. Use torch\.func\.jacrev"):
+        torch.autograd.grad(z, x, torch.eye(3, dtype=x.dtype), is_grads_batched=True)
