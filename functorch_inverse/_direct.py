@@ -3,11 +3,10 @@
 What any other call has to find out about pytrees, event dims and closures is kept here from one call to the next.
 """
 
-import functools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +16,6 @@ from functorch_inverse import _torch
 from functorch_inverse._attach import attach_plainly, pulled_back
 from functorch_inverse._call import Given, Values, solve
 from functorch_inverse._capture import Captured
-from functorch_inverse._chunks import chunk_of, jacobian, widest
 from functorch_inverse._deferred import SMALL, Deferred, ForGraph
 from functorch_inverse._graph import Graph, check_graph, stand_in_for
 from functorch_inverse._hooks import unhooked
@@ -26,23 +24,20 @@ from functorch_inverse._inverse import InverseProblem
 from functorch_inverse._legacy import through_vmap
 from functorch_inverse._levels import plain_apply
 from functorch_inverse._precision import autocasts
-from functorch_inverse._pullback import GraphPullback, Tensors, in_torch
+from functorch_inverse._prepare import division, preparation
+from functorch_inverse._pullback import Tensors, in_torch
 from functorch_inverse._reach import Opaque
 from functorch_inverse._rules import ImplicitRule
-from functorch_inverse._singular import has_to_wait, regular
-from functorch_inverse._solvers import iteration
 from functorch_inverse._tree import ONE_TENSOR, PLAIN, Tree
 from functorch_inverse._values import is_array, output
 from functorch_inverse._vectors import Like
-from functorch_inverse.banded import Banded
-from functorch_inverse.krylov import Krylov
-from functorch_inverse.linear_solvers import LU
 from functorch_inverse.operators import Equation
 
 __all__ = ["solve_inverse"]
 
 _has_graph = operator.attrgetter("requires_grad")
-_DTYPES, _RESULTS, _LARGE = (torch.float64, torch.float32), (Tensor, Deferred), 2**12
+_DTYPES = (torch.float64, torch.float32)
+_RESULTS = (Tensor, Deferred)
 
 
 @_torch.called_eagerly
@@ -69,7 +64,8 @@ def solve_inverse(problem: InverseProblem, x: Tree, args: tuple[Tree, ...], kwar
         return solve(replace(problem, g=_Returned(held if y is None else [y])), x, args, {})
     if not live:
         return y
-    seen = _Seen(outer.after_g(), {}) if outer.frozen else seen
+    if outer.frozen:
+        seen = _Seen(outer.after_g(), {})
     return _attached(_way(problem, y, x, args, seen), y, x, args)
 
 
@@ -139,7 +135,7 @@ class _Way:
         numbers, vectors = (equation.y_dims == equation.x_dims == (n,) for n in (0, 1))
         self.evidence = problem.evidence
         self.f = ForGraph(problem.evidence) if numbers else problem.evidence
-        self.prepare = _division if numbers else _preparation(self.linear_solver) if vectors else None
+        self.prepare = division if numbers else preparation(self.linear_solver) if vectors else None
         self.is_short = self.prepare is not None and all(map(_is_plain, captured.tensors))
 
     def rule(self) -> ImplicitRule:
@@ -185,61 +181,6 @@ class _Pull(NamedTuple):
     solve: Callable[[Tensor], Tensor]
     output: Tensor
     chosen: tuple[Tensor, ...]
-
-
-def _division(graph: Graph, _: Any) -> Callable[[Tensor], Tensor]:
-    """Numbers: v / f'(y), where f' takes one pass."""
-    slope = _slope(graph)
-    return lambda v: v / slope
-
-
-def _slope(graph: Graph) -> Tensor:
-    y = graph.y
-    ones = torch.ones_like(y) if y.numel() < _LARGE else y.new_ones(()).expand_as(y)  # no memory to go through
-    return _torch.graph_grad((graph.output,), (y,), (ones,))[0]
-
-
-def _lu(graph: Graph, solver: Any) -> Callable[[Tensor], Tensor]:
-    """Vectors: one factorisation of A."""
-    out, y = graph.output, graph.y
-    *batch, rows = out.shape
-    if rows == 1 and _torch.can_inspect(out) and not has_to_wait(out):
-        slope = _slope(graph)
-        if regular(slope):
-            return lambda v: v / slope
-    chunk = chunk_of(solver.chunk_size, rows, out.numel() * rows, lambda: widest(graph.nodes))
-    matrix = graph.matrix(chunk)
-    if matrix is None:
-        matrix = jacobian(lambda w: _torch.graph_grad((out,), (y,), (w,))[0], batch, rows, out, chunk=chunk)
-    factors = solver.factor(matrix, owned=True)
-    return lambda v: solver.apply(factors, v.unsqueeze(-1), transpose=True).squeeze(-1)
-
-
-def _banded(graph: Graph, solver: Any) -> Callable[[Tensor], Tensor]:
-    """Vectors whose numbers depend on their neighbours."""
-    return functools.partial(solver.factorise_graph(graph).solve, transpose=True)
-
-
-def _iterated(graph: Graph, solver: Any) -> Callable[[Tensor], Tensor]:
-    """Vectors: products with A^T, and with A where they are asked for."""
-    return functools.partial(_iterate, graph, cast(Krylov, iteration(solver)))
-
-
-def _iterate(graph: Graph, krylov: Krylov, v: Tensor) -> Tensor:
-    tape = graph.tape()  # of each solve: to make one, torch looks whether what f read is as it was
-    if tape is not None:
-        return krylov.value(tape.pull, v, transposed=tape.push, transpose=True, ahead=tape.ahead)
-    at = GraphPullback.of_graph(graph)
-    return krylov.value(lambda w: at.to_y((w,))[0], v, transposed=lambda t: at.push((t,))[0], transpose=True)
-
-
-Prepare: TypeAlias = Callable[[Graph, Any], Callable[[Tensor], Tensor]]
-_PREPARE: dict[type, Prepare] = {LU: _lu, Banded: _banded}
-
-
-def _preparation(solver: Any) -> Prepare | None:
-    """What makes a solve with A^T of a graph, if that is at hand."""
-    return _PREPARE.get(type(solver)) if iteration(solver) is None else _iterated
 
 
 def _attached(way: _Way, y: Tensor, x: Tensor, args: Tensors) -> Tensor:

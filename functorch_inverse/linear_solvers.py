@@ -14,7 +14,8 @@ from functorch_inverse._chunks import check_chunk_size
 from functorch_inverse._dense import Matrix, factorised
 from functorch_inverse._lu import lu_of
 from functorch_inverse._singular import column_sizes, harmless, has_to_wait, named, raise_if_singular, singular, suspect
-from functorch_inverse.errors import SingularJacobianError, StructureError
+from functorch_inverse._structure import refuse_asymmetric, refuse_full
+from functorch_inverse.errors import SingularJacobianError
 from functorch_inverse.operators import JacobianOperator
 
 __all__ = ["LU", "Cholesky", "Factors", "LeastSquares", "LinearSolver", "Triangular"]
@@ -55,8 +56,6 @@ class _Direct:
         check_chunk_size(type(self).__name__, self.chunk_size)
         if self.on_singular not in ("raise", "nan"):
             raise ValueError(f"`{type(self).__name__}`: `on_singular` is {self.on_singular!r}; choose 'raise' or 'nan'.")
-        if not isinstance(getattr(self, "lower", True), bool):
-            raise ValueError(f"`{self!r}`: choose lower=True or lower=False.")
 
     def factorise(self, operator: JacobianOperator) -> Matrix:
         """The factors of all samples, shared by all solves with them."""
@@ -147,7 +146,7 @@ class Cholesky(_Direct):
         lower, info = torch.linalg.cholesky_ex(matrix)
         finite, n = _finite(matrix), matrix.shape[-1]
         if _torch.can_inspect(matrix) and n:
-            _refuse_asymmetric(matrix, finite)
+            refuse_asymmetric(matrix, finite)
         pivots = lower.diagonal(dim1=-2, dim2=-1)
         tiny = n * torch.finfo(matrix.dtype).eps * matrix.diagonal(dim1=-2, dim2=-1).abs()
         bad = finite & ((info != 0) | (pivots**2 <= tiny).any(-1))
@@ -193,12 +192,17 @@ class Triangular(_Direct):
 
     lower: bool = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.lower, bool):
+            raise ValueError(f"`Triangular`: lower={self.lower!r}; choose lower=True or lower=False.")
+
     def factor(self, matrix: Tensor, *, owned: bool = False) -> tuple[Tensor, ...]:
         """(A,)."""
         finite = _finite(matrix)
         other = matrix.triu(1) if self.lower else matrix.tril(-1)
         if _torch.can_inspect(matrix):
-            _refuse_full(((other != 0).flatten(-2).any(-1) & finite), self.lower)
+            refuse_full(((other != 0).flatten(-2).any(-1) & finite), self.lower)
         bad = finite & (matrix.diagonal(dim1=-2, dim2=-1) == 0).any(-1)
         self._refuse(bad)
         return (matrix.masked_fill((bad | ~finite)[..., None, None], torch.nan),)
@@ -278,23 +282,3 @@ def _finite(matrix: Tensor) -> Tensor:
 
 def _log_of_diagonal(matrix: Tensor) -> Tensor:
     return matrix.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)
-
-
-def _refuse_asymmetric(matrix: Tensor, finite: Tensor) -> None:
-    root = matrix.diagonal(dim1=-2, dim2=-1).abs().sqrt()  # |A_ij|^2 < A_ii A_jj: each entry is judged in its own units
-    size = torch.maximum(root.unsqueeze(-1) * root.unsqueeze(-2), torch.minimum(matrix.abs(), matrix.mT.abs()))
-    gap = (matrix - matrix.mT).abs() > 1e3 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps * size
-    if (bad := finite & gap.flatten(-2).any(-1)).any():
-        raise StructureError(
-            f"Cholesky: the Jacobian is not symmetric in {named(bad)}. It is where the residual is the gradient of a "
-            "function; otherwise use linear_solver=LU()."
-        )
-
-
-def _refuse_full(bad: Tensor, lower: bool) -> None:
-    if bad.any():
-        here, other = ("lower", "above") if lower else ("upper", "below")
-        raise StructureError(
-            f"Triangular: the Jacobian is not {here} triangular, there is something {other} the diagonal in {named(bad)}. "
-            f"Use Triangular(lower={not lower}) if it is the other way round, or LU()."
-        )
